@@ -1,0 +1,121 @@
+"""The command line: the only part that prints and exits.
+
+`COMMANDS` names every command with the module that implements it.  A module is imported only when
+its command runs, so that no command pays for another's imports.  Each module has, per command, an
+entry in its own `COMMANDS` table: a function that adds the arguments and one that runs.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple, NoReturn
+
+from igvmfw import __version__
+from igvmfw.errors import IgvmfwError, UsageError
+
+EXIT_INTERNAL = 70  # EX_SOFTWARE of sysexits.h: not one of the contract's answers
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+class Command(NamedTuple):
+    """One command: how its arguments are declared, and what runs it (returning the exit code)."""
+
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+class _Listed(NamedTuple):
+    module: str
+    help: str
+
+
+COMMANDS = {
+    "inspect": _Listed("igvmfw.cli.image", "show what is inside IGVM files"),
+    "measure": _Listed("igvmfw.cli.image", "compute the launch digest of an IGVM file"),
+    "wrap": _Listed("igvmfw.cli.image", "turn a raw OVMF image into an IGVM file"),
+    "describe": _Listed("igvmfw.cli.firmware", "write the firmware descriptor of an IGVM file"),
+    "validate": _Listed("igvmfw.cli.firmware", "check firmware descriptors against the schema"),
+    "install": _Listed("igvmfw.cli.firmware", "install descriptors of IGVM files"),
+    "uninstall": _Listed("igvmfw.cli.firmware", "remove installed descriptors"),
+    "list": _Listed("igvmfw.cli.firmware", "list the available IGVM firmware"),
+    "rewrite": _Listed("igvmfw.cli.domain", "turn a domain XML that asks for IGVM into libvirt's"),
+    "restore": _Listed("igvmfw.cli.domain", "give a rewritten domain XML its request back"),
+    "define": _Listed("igvmfw.cli.domain", "define a domain from XML, as virsh define"),
+    "create": _Listed("igvmfw.cli.domain", "start a transient domain from XML, as virsh create"),
+    "start": _Listed("igvmfw.cli.domain", "start a defined domain, as virsh start"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, hint=f"see '{self.prog} --help'")
+
+
+def build_parser(loaded: Collection[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
+    """The argument parser; only the commands in `loaded` get their arguments."""
+    parser = _Parser(
+        prog="igvmfw",
+        description="IGVM firmware for libvirt guests: inspect, describe, choose, launch.",
+        epilog="exit status: 0 fine, 1 the answer is no, 2 usage, 3 bad input, "
+        "4 the environment lacks something",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"igvmfw {__version__}")
+    groups = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, listed in COMMANDS.items():
+        sub = groups.add_parser(
+            name, help=listed.help, description=listed.help + ".", allow_abbrev=False
+        )
+        if name in loaded:
+            load(name).arguments(sub)
+    return parser
+
+
+def load(name: str) -> Command:
+    """Import the module of a command and return the command."""
+    module = importlib.import_module(COMMANDS[name].module)
+    command: Command = module.COMMANDS[name]
+    return command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code of the contract and never raises on bad input."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    loaded = [word for word in words if word in COMMANDS][:1]
+    try:
+        args = build_parser(loaded).parse_args(words)
+        code = load(args.command).run(args)
+        sys.stdout.flush()
+        return code
+    except IgvmfwError as error:
+        return _fail(str(error), error.exit_code)
+    except BrokenPipeError:
+        # the reader went away (`igvmfw list | head -1`): nothing is left to say, also not at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return _fail("interrupted", EXIT_INTERRUPTED)
+    except Exception as error:
+        if os.environ.get("IGVMFW_DEBUG"):
+            raise
+        return _fail(
+            f"internal error: {type(error).__name__}: {error} "
+            "(this is a bug in igvmfw; set IGVMFW_DEBUG=1 for the traceback and report it)",
+            EXIT_INTERNAL,
+        )
+
+
+def _fail(message: str, code: int) -> int:
+    line = " ".join(printable(message).split())
+    print(f"igvmfw: error: {line}", file=sys.stderr)
+    return code
+
+
+def printable(text: str) -> str:
+    """Text from a file with everything escaped that could drive a terminal.
+
+    An IGVM file, a descriptor or a domain XML may carry control characters on purpose.
+    """
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

@@ -1,0 +1,128 @@
+"""Files at the edges: mapped reading, and writing that is atomic and durable.
+
+Only the edges (cli/, the installer, the hook) call this; everything below works on bytes.
+"""
+
+import contextlib
+import mmap
+import os
+import stat
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from igvmfw.errors import InputError, OutputError
+
+STDIN = "-"
+MAX_TEXT = 16 << 20  # bytes; no descriptor or domain XML comes near it
+
+
+def _input_error(path: str, error: OSError) -> InputError:
+    hints = {
+        FileNotFoundError: "check the path",
+        PermissionError: "check the file's permissions, or run as a user who may read it",
+        IsADirectoryError: "name a file inside it",
+    }
+    hint = next((text for kind, text in hints.items() if isinstance(error, kind)), None)
+    return InputError(f"cannot read: {error.strerror or error}", where=path, hint=hint)
+
+
+@contextlib.contextmanager
+def mapped(path: Path | str) -> Iterator[memoryview]:
+    """Map a file read-only; the view is valid inside the `with` block.
+
+    Args:
+        path: A regular file. `-` reads standard input to its end instead.
+    Raises:
+        InputError: The file is missing, unreadable or not a regular file.
+    """
+    if str(path) == STDIN:
+        yield memoryview(sys.stdin.buffer.read())
+        return
+    try:
+        # O_NONBLOCK: opening a FIFO must not wait for a writer; it is refused below
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise _input_error(str(path), error) from None
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, fd)
+        info = os.fstat(fd)
+        if stat.S_ISDIR(info.st_mode):
+            raise _input_error(str(path), IsADirectoryError(None, "Is a directory"))
+        if not stat.S_ISREG(info.st_mode):
+            raise InputError("cannot read: not a regular file", where=str(path))
+        if info.st_size == 0:  # an empty file cannot be mapped
+            yield memoryview(b"")
+            return
+        try:
+            mapping = mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot map: {error}", where=str(path)) from None
+        # not closed explicitly: views of it may outlive the block, and the last one frees it
+        yield memoryview(mapping)
+
+
+def read_text(path: Path | str, *, limit: int = MAX_TEXT) -> bytes:
+    """Read a whole small file (a descriptor, a domain XML).
+
+    Args:
+        path: The file; `-` is standard input.
+        limit: Most bytes to accept.
+    Raises:
+        InputError: Missing, unreadable, not a regular file, or larger than `limit`.
+    """
+    if str(path) == STDIN:
+        data = sys.stdin.buffer.read(limit + 1)
+    else:
+        with mapped(path) as view:
+            data = bytes(view[: limit + 1])
+    if len(data) > limit:
+        raise InputError(f"larger than {limit} bytes", where=str(path))
+    return data
+
+
+def write_atomic(path: Path, data: bytes | memoryview, *, mode: int = 0o644) -> None:
+    """Write a file so that a reader, or a crash, sees the old content or the new, never a part.
+
+    Args:
+        path: Where the file goes; its directory must exist.
+        data: The whole content.
+        mode: Permission bits of the new file.
+    Raises:
+        OutputError: The directory is missing or not writable, or the disk is full.
+    """
+    directory = path.parent
+    temporary: str | None = None
+    try:
+        fd, temporary = tempfile.mkstemp(prefix=f".{path.name[:100]}.", dir=directory)
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(fd, view) :]
+            os.fchmod(fd, mode)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.replace(temporary, path)
+        temporary = None
+        sync_directory(directory)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write: {error.strerror or error}",
+            where=str(path),
+            hint="check that the directory exists and is writable, and that the disk has room",
+        ) from None
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make a rename or removal inside `directory` survive a crash."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

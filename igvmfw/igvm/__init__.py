@@ -1,0 +1,1 @@
+"""The IGVM file format. Knows no QEMU and no libvirt."""

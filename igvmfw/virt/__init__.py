@@ -1,0 +1,1 @@
+"""libvirt's side: domain XML, connections. Knows no IGVM internals, no descriptors."""
