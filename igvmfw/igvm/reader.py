@@ -1,0 +1,55 @@
+"""Bounds-checked reading of little-endian structures: the only caller of `struct`."""
+
+from struct import Struct, error
+from typing import Any
+
+from igvmfw.errors import IgvmError
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Layout:
+    """A packed little-endian structure: `struct` codes without padding.
+
+    Reading outside the data raises IgvmError that names the offset, never struct.error.
+    """
+
+    __slots__ = ("_struct", "size", "unpack_from")
+
+    def __init__(self, codes: str) -> None:
+        self._struct = Struct("<" + codes)
+        self.size = self._struct.size
+        # for loops over thousands of headers whose bounds the caller has checked
+        self.unpack_from = self._struct.unpack_from
+
+    def read(self, data: Buffer, offset: int = 0, what: str = "structure") -> tuple[Any, ...]:
+        """Unpack the structure at a byte offset.
+
+        Raises:
+            IgvmError: The structure does not lie within the data.
+        """
+        try:
+            if offset < 0:
+                raise error
+            return self._struct.unpack_from(data, offset)
+        except error:
+            raise IgvmError(
+                f"{what} needs {self.size} bytes, {max(0, len(data) - offset)} are left",
+                where=f"offset 0x{offset:x}",
+            ) from None
+
+    def write(self, *values: int | bytes) -> bytes:
+        """Pack values.
+
+        Raises:
+            IgvmError: A value does not fit its field.
+        """
+        try:
+            return self._struct.pack(*values)
+        except error as problem:
+            raise IgvmError(f"value does not fit its field: {problem}") from None
+
+
+U16 = Layout("H")
+U32 = Layout("I")
+U64 = Layout("Q")
