@@ -1,0 +1,136 @@
+"""What an IGVM file carries: OVMF, an SVSM, its services; read from the guest's memory.
+
+No header names the payload.  The memory of one platform is put together by guest address, because
+pages lie in the file in any order, several may share one place, and what is looked for crosses
+page borders.  A file's text outside that platform's memory never counts.
+
+Source of the marks: builds of COCONUT-SVSM (its log messages and crate paths), and OVMF's GUIDed
+table (ovmf.py).
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from igvmfw.errors import FirmwareError
+from igvmfw.igvm.headers import PageData
+from igvmfw.igvm.image import IgvmFile
+from igvmfw.igvm.ovmf import OvmfTables, find_tables
+from igvmfw.igvm.spec import PAGE_SIZE
+from igvmfw.platforms import Platform
+
+FOUR_GIB = 1 << 32
+MAX_FIRMWARE = 64 << 20  # bytes below 4 GiB that are looked at as firmware
+OVERLAP = 128  # bytes of the preceding page searched along; longer than any mark
+ZERO_PAGE = bytes(PAGE_SIZE)
+
+STRIDE = 256 * PAGE_SIZE  # bytes searched at once, at most
+
+_SVSM = b"! COCONUT-SVSM Version: "
+_VERSION = re.compile(rb"20\d\d\.\d\d-devel-\d+-g[0-9a-f]{7,40}\+?")
+_SERVICES = {
+    "vtpm": (b"svsm::protocols::vtpm", b"kernel/src/vtpm/", b"TPM_Manufacture"),
+    "uefi_variables": (b"uefi mm protocol failed to initialize",),
+    "persistence": (b"CocoonFs", b"CCFSMKFS", b"kernel/src/persistence.rs"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Payload:
+    """What was found in the memory of one platform.
+
+    `firmware` is "OVMF" or None; `svsm` is "COCONUT-SVSM" or None.  The services are those of the
+    SVSM: `vtpm` a virtual TPM, `uefi_variables` a UEFI variable store, `persistence` a place on a
+    disk for their state.
+    """
+
+    platform: Platform | None = None
+    firmware: str | None = None
+    svsm: str | None = None
+    svsm_version: str | None = None
+    vtpm: bool = False
+    uefi_variables: bool = False
+    persistence: bool = False
+    tables: OvmfTables | None = None
+
+
+def identify(image: IgvmFile, platform: Platform | None = None) -> Payload:
+    """Find out what a file carries.
+
+    Args:
+        image: The file.
+        platform: Whose memory to look at; the file's first platform where None.
+    Raises:
+        IgvmError: The file does not have the platform, or its data cannot be read.
+    """
+    if platform is None:
+        if not image.supported:
+            return Payload()
+        platform = image.supported[0]
+    pages = _memory(image, platform)
+    tables = _firmware_tables(image, pages)
+    firmware = "OVMF" if tables is not None else None
+    # text alone proves nothing: the other marks count only beside the SVSM's own, and without it
+    # nobody has to look for them
+    if not any(_SVSM in window for window in _windows(image, pages)):
+        return Payload(platform=platform, firmware=firmware, tables=tables)
+    version = b""
+    services: set[str] = set()
+    for window in _windows(image, pages):
+        if not version and (match := _VERSION.search(window)):
+            version = match.group()
+        for name, marks in _SERVICES.items():
+            if name not in services and any(mark in window for mark in marks):
+                services.add(name)
+    return Payload(
+        platform=platform,
+        firmware=firmware,
+        svsm="COCONUT-SVSM",
+        svsm_version=version.decode() or None,
+        tables=tables,
+        **dict.fromkeys(services, True),
+    )
+
+
+def _memory(image: IgvmFile, platform: Platform) -> dict[int, PageData]:
+    """The pages of a platform by guest address; a later one replaces an earlier one."""
+    mask = image.mask_of(platform)
+    pages = (h for h in image.headers if type(h) is PageData and h.compatibility_mask & mask)
+    return {page.gpa: page for page in pages}
+
+
+def _windows(image: IgvmFile, pages: dict[int, PageData]) -> Iterator[bytes]:
+    """The memory by rising address, in windows that overlap.
+
+    Pages that follow each other in memory and in the file go together.  Equal windows are given
+    once: a small file can name one page a million times.
+    """
+    seen: set[tuple[int, int, int]] = set()
+    before = start = end = 0  # places in the file: of the preceding page, and of this window
+    expected = -1  # the address that would continue the window
+    for gpa in [*sorted(pages), FOUR_GIB << 32]:
+        page = pages.get(gpa)
+        offset = page.file_offset if page is not None else 0
+        if gpa == expected and offset == end and end - start < STRIDE:
+            end += PAGE_SIZE
+        else:
+            if start and (before, start, end) not in seen:
+                seen.add((before, start, end))
+                tail = image.content[before + PAGE_SIZE - OVERLAP : before + PAGE_SIZE]
+                yield b"".join((tail if before else b"", image.content[start:end]))
+            before = end - PAGE_SIZE if gpa == expected and start else 0
+            start, end = offset, offset + PAGE_SIZE
+        expected = gpa + PAGE_SIZE
+
+
+def _firmware_tables(image: IgvmFile, pages: dict[int, PageData]) -> OvmfTables | None:
+    """The OVMF tables of what ends right below 4 GiB."""
+    parts: list[memoryview | bytes] = []
+    gpa = FOUR_GIB - PAGE_SIZE
+    while (page := pages.get(gpa)) is not None and len(parts) * PAGE_SIZE < MAX_FIRMWARE:
+        parts.append(image.data_of(page) if page.file_offset else ZERO_PAGE)
+        gpa -= PAGE_SIZE
+    try:
+        return find_tables(b"".join(reversed(parts)))
+    except FirmwareError:
+        return None  # no OVMF that could be launched: an attacker's, or none
