@@ -1,0 +1,226 @@
+"""Commands on IGVM files themselves: inspect, measure, wrap."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from igvmfw.cli import Command
+from igvmfw.cli.output import emit, emit_json, note, warn
+from igvmfw.errors import IgvmfwError, UsageError
+from igvmfw.files import STDIN, mapped, write_atomic
+from igvmfw.igvm.image import IgvmFile
+from igvmfw.platforms import Platform
+
+
+def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "files", nargs="+", metavar="FILE", help="an IGVM file; - is standard input"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON document")
+    parser.add_argument("--pages", action="store_true", help="also every directive")
+    parser.add_argument(
+        "--lenient",
+        action="store_true",
+        help="show a file that breaks the format's rules as far as it can be read",
+    )
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from igvmfw.igvm.payload import identify
+    from igvmfw.report import inspection, inspection_text, page_runs
+
+    documents = []
+    code = 0
+    for name in args.files:
+        try:
+            with mapped(name) as data:
+                image = IgvmFile.parse(data, lenient=args.lenient)
+                payload = identify(image)
+                if args.json:
+                    documents.append(inspection(image, name, payload, pages=args.pages))
+                else:
+                    emit(inspection_text(image, name, payload))
+                    if args.pages:
+                        for line in page_runs(image):
+                            emit(line)
+                if image.problems:
+                    code = 3
+        except IgvmfwError as error:
+            failed = error if error.where and error.where.startswith(name) else error.within(name)
+            if len(args.files) == 1:
+                raise failed from None
+            warn(str(failed))  # one bad file hides none of the others
+            code = max(code, failed.exit_code)
+    if args.json:
+        emit_json(documents if len(args.files) > 1 else documents[0])
+    return code
+
+
+def _measure_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="an IGVM file; - is standard input")
+    parser.add_argument(
+        "--platform",
+        type=_platform,
+        metavar="P",
+        help="sev, sev-es or sev-snp; may be left out where the file has one of them",
+    )
+    parser.add_argument(
+        "--vcpus", type=_count, default=1, metavar="N", help="vCPUs of the guest (default 1)"
+    )
+    parser.add_argument(
+        "--cpu",
+        metavar="MODEL",
+        help="the guest's CPU model as QEMU names it (EPYC-Milan), or FAMILY/MODEL/STEPPING",
+    )
+    parser.add_argument(
+        "--vmm",
+        choices=("qemu", "spec"),
+        default="qemu",
+        help="whose order: QEMU's with KVM (default), or the file's own",
+    )
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--json", action="store_true", help="one JSON document")
+    group.add_argument("--bare", action="store_true", help="the digest in hexadecimal alone")
+
+
+def _measure(args: argparse.Namespace) -> int:
+    from igvmfw.igvm.measure import MEASURED, Vmm, launch_digest
+    from igvmfw.qemu.cpus import signature
+
+    cpu = signature(args.cpu) if args.cpu else None
+    with mapped(args.file) as data:
+        try:
+            image = IgvmFile.parse(data)
+            platform = args.platform
+            if platform is None:
+                candidates = [item for item in image.supported if item in MEASURED]
+                if len(candidates) != 1:
+                    have = ", ".join(image.supported)
+                    raise UsageError(
+                        f"which platform? The file has: {have}", hint="name it with --platform"
+                    )
+                platform = candidates[0]
+            digest = launch_digest(
+                image, platform, vcpus=args.vcpus, cpu_signature=cpu, vmm=Vmm(args.vmm)
+            )
+        except IgvmfwError as error:
+            raise error.within(args.file) from None
+    if args.bare:
+        emit(digest.hex())
+    elif args.json:
+        emit_json(
+            {
+                "file": args.file,
+                "platform": platform.value,
+                "vcpus": args.vcpus,
+                "cpu_signature": cpu,
+                "vmm": args.vmm,
+                "algorithm": "sha384" if platform is Platform.SEV_SNP else "sha256",
+                "digest": digest.hex(),
+            }
+        )
+    else:
+        emit(f"{digest.hex()}  {platform}  {args.vcpus} vCPU{'s' * (args.vcpus > 1)}  {args.file}")
+    return 0
+
+
+def _wrap_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "firmware", metavar="FIRMWARE", help="a raw firmware image, such as OVMF.fd"
+    )
+    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="the IGVM file")
+    parser.add_argument(
+        "--platform",
+        type=_platform,
+        action="append",
+        metavar="P",
+        help="native, sev, sev-es or sev-snp; may be repeated (default: native)",
+    )
+    parser.add_argument(
+        "--vars", metavar="FILE", help="a variable store to load below the firmware (OVMF_VARS.fd)"
+    )
+    parser.add_argument(
+        "--vcpus",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="vCPUs that get a VMSA on SEV-ES (default 1)",
+    )
+    parser.add_argument(
+        "--policy",
+        action="append",
+        default=[],
+        metavar="[P=]VALUE",
+        help="the guest policy; with several platforms P says whose (default: sev-snp=0x30000)",
+    )
+
+
+def _wrap(args: argparse.Namespace) -> int:
+    from igvmfw.igvm.wrap import wrap
+
+    platforms = args.platform or [Platform.NATIVE]
+    policies = dict(_policy(text, platforms) for text in args.policy)
+    if args.firmware == STDIN and args.vars == STDIN:
+        raise UsageError("firmware and variable store cannot both be standard input")
+    with mapped(args.firmware) as firmware:
+        variables = b""
+        if args.vars:
+            with mapped(args.vars) as view:
+                variables = bytes(view)
+        try:
+            result = wrap(
+                firmware, platforms, variables=variables, vcpus=args.vcpus, policies=policies
+            )
+        except IgvmfwError as error:
+            raise error if isinstance(error, UsageError) else error.within(args.firmware) from None
+    if args.output == STDIN:
+        sys.stdout.buffer.write(result)
+    else:
+        write_atomic(Path(args.output), result)
+        note(f"wrote {args.output}: {len(result)} bytes for {', '.join(platforms)}")
+    return 0
+
+
+def _policy(text: str, platforms: list[Platform]) -> tuple[Platform, int]:
+    name, _, number = text.rpartition("=")
+    protected = [platform for platform in platforms if platform is not Platform.NATIVE]
+    if not name and len(protected) != 1:
+        raise UsageError(
+            f"--policy {text}: whose policy? The file is for {', '.join(platforms)}",
+            hint="say P=VALUE, such as sev-snp=0x30000",
+        )
+    try:
+        value = int(number, 0)
+    except ValueError:
+        raise UsageError(
+            f"--policy {text}: {number!r} is not a number", hint="0x30000, or decimal"
+        ) from None
+    if not 0 <= value < 1 << 64:
+        raise UsageError(f"--policy {text}: the policy has 64 bits")
+    return (_platform(name) if name else protected[0]), value
+
+
+def _platform(text: str) -> Platform:
+    try:
+        return Platform(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"unknown platform {text!r}; known: {', '.join(Platform)}"
+        ) from None
+
+
+def _count(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a count of 1 or more")
+    return value
+
+
+COMMANDS = {
+    "inspect": Command(_inspect_arguments, _inspect),
+    "measure": Command(_measure_arguments, _measure),
+    "wrap": Command(_wrap_arguments, _wrap),
+}

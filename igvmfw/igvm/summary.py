@@ -1,0 +1,173 @@
+"""What an image does on one platform, in figures a person asks for."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from igvmfw.igvm.headers import (
+    GuestPolicy,
+    PageData,
+    Parameter,
+    ParameterArea,
+    ParameterInsert,
+    RawHeader,
+    RequiredMemory,
+    SnpIdBlock,
+    VpContext,
+)
+from igvmfw.igvm.image import IgvmFile
+from igvmfw.igvm.rules import AnyHeader
+from igvmfw.igvm.spec import PAGE_SIZE, PageDataType, PlatformType, type_name
+from igvmfw.igvm.vpcontext import Vmsa, parse_cca, parse_native, parse_vbs
+from igvmfw.platforms import Platform
+
+_EFER_LMA = 1 << 10
+_CR0_PE = 1 << 0
+RESET_ENTRY = "architectural reset"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VpEntry:
+    """Where a virtual processor starts."""
+
+    vp_index: int
+    entry: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """One platform of an image; all sizes in bytes of guest memory."""
+
+    platform: Platform
+    mask: int
+    policy: int | None
+    measured: int
+    zero: int  # of the measured ones, pages without data
+    unmeasured: int
+    special: tuple[str, ...]  # secrets, CPUID: filled by the processor
+    parameters: tuple[str, ...]
+    required_memory: int
+    contexts: tuple[VpEntry, ...]
+    id_block: bool
+
+
+def summarize(image: IgvmFile, platform: Platform) -> Summary:
+    """Sum up what an image does on a platform.
+
+    Raises:
+        IgvmError: The image does not have the platform.
+    """
+    mask = image.mask_of(platform)
+    sizes: Counter[str] = Counter()
+    special: Counter[str] = Counter()
+    policy: int | None = None
+    contexts: dict[int, VpEntry] = {}
+    parameters: list[str] = []
+    areas: dict[int, int] = {}
+    id_block = False
+    for header in image.for_platform(platform):
+        match header:
+            case PageData():
+                _count_page(header, sizes, special)
+            case ParameterArea():
+                areas[header.parameter_area_index] = header.number_of_bytes
+            case ParameterInsert():
+                sizes["unmeasured"] += areas.get(header.parameter_area_index, 0)
+            case Parameter():
+                parameters.append(type_name(header.type))
+            case GuestPolicy():
+                policy = header.policy
+            case RequiredMemory():
+                sizes["required"] = max(sizes["required"], header.gpa + header.number_of_bytes)
+            case SnpIdBlock():
+                id_block = True
+            case VpContext():
+                entry = entry_point(image, header)
+                contexts[header.vp_index] = VpEntry(vp_index=header.vp_index, entry=entry)
+            case _:
+                pass
+    return Summary(
+        platform=platform,
+        mask=mask,
+        policy=policy,
+        measured=sizes["measured"],
+        zero=sizes["zero"],
+        unmeasured=sizes["unmeasured"],
+        special=tuple(f"{count} {name}" for name, count in special.items()),
+        parameters=tuple(parameters),
+        required_memory=sizes["required"],
+        contexts=tuple(contexts[index] for index in sorted(contexts)),
+        id_block=id_block,
+    )
+
+
+def _count_page(page: PageData, sizes: Counter[str], special: Counter[str]) -> None:
+    if page.data_type != PageDataType.NORMAL:
+        kind = page.data_type
+        known = kind in PageDataType._value2member_map_
+        name = PageDataType(kind).name.lower() if known else f"type {kind}"
+        special[f"{name} page"] += 1
+    elif page.unmeasured or page.shared:
+        sizes["unmeasured"] += page.guest_size
+    else:
+        sizes["measured"] += page.guest_size
+        if page.file_offset == 0:
+            sizes["zero"] += page.guest_size
+
+
+def context_registers(image: IgvmFile, header: VpContext) -> dict[str, object]:
+    """The registers of a VP context by name; segments as objects of their parts.
+
+    Raises:
+        IgvmError: The context's data cannot be read.
+    """
+    platforms = {item.compatibility_mask: item.platform_type for item in image.platforms}
+    kind = platforms.get(header.compatibility_mask)
+    if kind in (PlatformType.SEV_ES, PlatformType.SEV_SNP):
+        registers = Vmsa.parse(image.data_of(header)).registers()
+        return {
+            name: value._asdict() if isinstance(value, tuple) else value
+            for name, value in registers.items()
+        }
+    if kind in (PlatformType.NATIVE, PlatformType.SEV):
+        return {k: v for k, v in parse_native(image.data_of(header)).items() if v}
+    if kind == PlatformType.CCA:
+        return dict(parse_cca(image.data_of(header)))
+    if kind == PlatformType.VSM_ISOLATION:
+        context = parse_vbs(image.content[header.file_offset :], image.architecture)
+        return {register.name: register.value for register in context.registers}
+    return {}
+
+
+def entry_point(image: IgvmFile, header: VpContext) -> str:
+    """Where a VP context lets its processor start, and in which mode."""
+    registers = context_registers(image, header)
+
+    def number(*names: str) -> int:
+        value = next((registers[name] for name in names if name in registers), 0)
+        return value if isinstance(value, int) else 0
+
+    if not registers:
+        return RESET_ENTRY
+    if "pc" in registers or "Pc" in registers:
+        return f"PC 0x{number('pc', 'Pc'):x}"
+    rip = number("rip", "Rip")
+    if number("efer", "Efer") & _EFER_LMA:
+        return f"64-bit mode, RIP 0x{rip:x}"
+    if number("cr0", "Cr0") & _CR0_PE:
+        return f"32-bit protected mode, EIP 0x{rip:x}"
+    segment = registers.get("cs")
+    base = segment["base"] if isinstance(segment, dict) else number("code_base")
+    return f"real mode, CS base 0x{base:x}, IP 0x{rip:x}"
+
+
+def data_size(image: IgvmFile, header: AnyHeader) -> int:
+    """Bytes of file data that a header takes."""
+    if isinstance(header, RawHeader):
+        return 0
+    if isinstance(header, VpContext):
+        vsm = image.find_platform(Platform.VSM)
+        if vsm is not None and header.compatibility_mask == vsm.compatibility_mask:
+            return parse_vbs(image.content[header.file_offset :], image.architecture).size
+        return PAGE_SIZE
+    extent = header.extent()
+    return extent.size if extent is not None else 0
