@@ -52,11 +52,11 @@ _SNP_SECTIONS = {
 
 @dataclass(frozen=True, slots=True)
 class _Page:
-    data: memoryview
+    data: bytes
     data_type: PageDataType = PageDataType.NORMAL
 
 
-_ZERO = _Page(memoryview(b""))
+_ZERO = _Page(b"")
 _Memory = dict[int, _Page]  # guest physical address → page
 
 
@@ -251,7 +251,7 @@ def _memory(
         for section in sections:
             data_type = _SNP_SECTIONS.get(section.kind)  # type: ignore[call-overload]
             if data_type is not None:
-                page = _Page(memoryview(b""), data_type)
+                page = _Page(b"", data_type)
                 memory.update(dict.fromkeys(_page_range(section.base, section.size), page))
     for section in sections:
         pages = _page_range(section.base, section.size)
@@ -276,7 +276,7 @@ def _page_range(base: int, size: int) -> range:
 
 def _place(memory: _Memory, base: int, data: memoryview) -> None:
     for offset in range(0, len(data), PAGE_SIZE):
-        memory[base + offset] = _Page(data[offset : offset + PAGE_SIZE])
+        memory[base + offset] = _Page(bytes(data[offset : offset + PAGE_SIZE]))
 
 
 def _add_pages(

@@ -1,0 +1,230 @@
+"""inspect, measure and wrap as they are typed: results, and what a tired person gets wrong."""
+
+import hashlib
+import json
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from igvmfw.cli import main
+from igvmfw.igvm.headers import PageData
+from igvmfw.igvm.image import IgvmFile
+from igvmfw.platforms import Platform
+from tests.igvm import samples
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*words: str | Path) -> tuple[int, str, str]:
+        code = main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "all.igvm"
+    path.write_bytes(
+        samples.small(Platform.NATIVE, Platform.SEV, Platform.SEV_ES, Platform.SEV_SNP)
+    )
+    return path
+
+
+def one_line(err: str, *words: str | Path) -> None:
+    assert err.startswith("igvmfw: error: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    for word in words:
+        assert str(word) in err
+
+
+def test_inspect_tells_people_what_is_inside(run: Run, file: Path) -> None:
+    code, out, err = run("inspect", file)
+    assert (code, err) == (0, "")
+    for text in ("revision 2", "sev-snp (mask 0x8)", "sev-es", "MEMORY_MAP", "real mode"):
+        assert text in out
+    assert len(out.splitlines()) < 25
+
+
+def test_inspect_pages_shows_runs(run: Run, ovmf: Path, tmp_path: Path) -> None:
+    wrapped = tmp_path / "ovmf.igvm"
+    assert run("wrap", ovmf, "-o", wrapped)[0] == 0
+    _, out, _ = run("inspect", "--pages", wrapped)
+    assert "0xffe00000-0xffffffff  512 pages" in out
+    assert len(out.splitlines()) < 12
+
+
+def test_inspect_json_is_one_document(run: Run, file: Path) -> None:
+    code, out, _ = run("inspect", "--json", "--pages", file)
+    assert code == 0
+    document: dict[str, Any] = json.loads(out)
+    assert document["size"] == file.stat().st_size
+    assert [item["platform_type"] for item in document["platforms"]] == [
+        "NATIVE", "SEV", "SEV_ES", "SEV_SNP",
+    ]  # fmt: skip
+    assert document["directives"]["PAGE_DATA"] == 2
+    page = next(item for item in document["pages"] if item["type"] == "PAGE_DATA")
+    assert (page["gpa"], page["data_size"], page["data_type"]) == (0x1000, 4096, "NORMAL")
+    context = next(item for item in document["pages"] if item["type"] == "VP_CONTEXT")
+    assert context["registers"]["cs"]["base"] == 0xFFFF0000
+    assert isinstance(json.loads(run("inspect", "--json", file, file)[1]), list)
+
+
+def test_one_bad_file_hides_no_other(run: Run, file: Path, tmp_path: Path) -> None:
+    missing = tmp_path / "missing.igvm"
+    code, out, err = run("inspect", missing, file)
+    assert code == 3
+    assert "sev-snp" in out
+    assert str(missing) in err
+
+
+@pytest.mark.parametrize("platform", ["sev", "sev-es", "sev-snp"])
+def test_measure_prints_the_digest_alone_with_bare(run: Run, file: Path, platform: str) -> None:
+    code, out, err = run("measure", file, "--platform", platform, "--bare")
+    assert (code, err) == (0, "")
+    document = json.loads(run("measure", file, "--platform", platform, "--json")[1])
+    assert document["digest"] == out.strip()
+    assert len(out.strip()) == (96 if platform == "sev-snp" else 64)
+
+
+def test_measure_of_sev_is_the_hash_of_its_measured_pages(run: Run, file: Path) -> None:
+    image = IgvmFile.parse(file.read_bytes())
+    data = b"".join(
+        bytes(image.data_of(h)).ljust(4096, b"\0") for h in image.headers if type(h) is PageData
+    )
+    out = run("measure", file, "--platform", "sev", "--bare")[1]
+    assert out.strip() == hashlib.sha256(data).hexdigest()
+
+
+def test_measure_asks_for_what_it_needs(run: Run, file: Path) -> None:
+    code, _, err = run("measure", file)
+    assert code == 2
+    one_line(err, "--platform", "sev-es")
+    code, _, err = run("measure", file, "--platform", "sev-es", "--vcpus", "2")
+    assert code == 2
+    one_line(err, "--cpu")
+    assert run("measure", file, "--platform", "sev-es", "--vcpus", "2", "--cpu", "EPYC")[0] == 0
+    code, _, err = run("measure", file, "--platform", "native")
+    assert code == 2
+    one_line(err, "native")
+
+
+def damage(kind: str, file: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "damaged"
+    data = file.read_bytes()
+    if kind == "missing":
+        return path
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "truncated":
+        path.write_bytes(data[:100])
+    elif kind == "flipped":
+        path.write_bytes(data[:50] + bytes([data[50] ^ 1]) + data[51:])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "text":
+        path.write_bytes(b"\x1b[31mnot firmware\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind", ["missing", "directory", "fifo", "truncated", "flipped", "empty", "text"]
+)
+@pytest.mark.parametrize("command", ["inspect", "measure", "wrap"])
+def test_bad_input_gets_one_line_and_exit_code_3(
+    run: Run, file: Path, tmp_path: Path, kind: str, command: str
+) -> None:
+    path = damage(kind, file, tmp_path)
+    output = tmp_path / "out.igvm"
+    more = ["-o", output] if command == "wrap" else []
+    if command == "wrap" and kind == "flipped":
+        more += ["--platform", "sev-snp"]  # any whole pages are a firmware for native
+    code, out, err = run(command, path, *more)
+    assert (code, out) == (3, "")
+    one_line(err, path)
+    assert "\x1b" not in err
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("command", ["inspect", "measure"])
+def test_no_permission_is_named(file: Path, command: str) -> None:
+    file.chmod(0)
+    # root reads everything, unless it gives up its capabilities
+    drop = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
+    done = subprocess.run(
+        [*drop, sys.executable, "-m", "igvmfw", command, file], capture_output=True, text=True,
+        timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 3, done.stderr
+    one_line(done.stderr, file, "permissions")
+
+
+def test_wrap_writes_the_whole_file_or_nothing(run: Run, ovmf: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.igvm"
+    output.write_bytes(b"old")
+    words = ("wrap", ovmf, "-o", output, "--platform", "sev-es", "--platform", "native")
+    assert run(*words, "--policy", "sev-snp=3")[0] == 2
+    assert output.read_bytes() == b"old"
+    code, out, err = run(*words, "--vcpus", "2", "--policy", "sev-es=0x7")
+    assert (code, out) == (0, "")
+    assert "sev-es, native" in err
+    assert IgvmFile.parse(output.read_bytes()).supported == (Platform.SEV_ES, Platform.NATIVE)
+    assert stat.S_IMODE(output.stat().st_mode) == 0o644
+    assert os.listdir(tmp_path) == ["out.igvm"]
+
+
+def test_wrap_into_nowhere(run: Run, ovmf: Path, tmp_path: Path) -> None:
+    code, _, err = run("wrap", ovmf, "-o", tmp_path / "none" / "out.igvm")
+    assert code == 4
+    one_line(err, "none/out.igvm", "directory exists")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["inspekt"],
+        ["inspect"],
+        ["inspect", "--pagez", "x"],
+        ["wrap", "x"],
+        ["wrap", "x", "-o", "y", "--platform", "sev-xp"],
+        ["wrap", "x", "-o", "y", "--vcpus", "0"],
+        ["wrap", "x", "-o", "y", "--platform", "sev", "--policy", "three"],
+        ["measure", "x", "--cpu", "Pentium"],
+        ["measure", "x", "--bare", "--json"],
+    ],
+)
+def test_usage_errors_exit_with_2_and_name_the_help(run: Run, words: list[str]) -> None:
+    code, out, err = run(*words)
+    assert (code, out) == (2, "")
+    one_line(err)
+
+
+def test_a_reader_that_goes_away_is_no_error(file: Path) -> None:
+    command = f"'{sys.executable}' -m igvmfw inspect --json --pages '{file}' | head -c 10"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=60,
+        check=False,
+    )  # fmt: skip
+    assert done.stderr == ""
+    assert done.returncode == 0
+
+
+def test_standard_input_is_a_file_too(file: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "igvmfw", "inspect", "-"], input=file.read_bytes(),
+        capture_output=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert b"sev-snp" in done.stdout
