@@ -51,7 +51,9 @@ def mapped(path: Path | str) -> Iterator[memoryview]:
         if stat.S_ISDIR(info.st_mode):
             raise _input_error(str(path), IsADirectoryError(None, "Is a directory"))
         if not stat.S_ISREG(info.st_mode):
-            raise InputError("cannot read: not a regular file", where=str(path))
+            raise InputError(
+                "cannot read: not a regular file", where=str(path), hint="- reads standard input"
+            )
         if info.st_size == 0:  # an empty file cannot be mapped
             yield memoryview(b"")
             return

@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
+from igvmfw.errors import IgvmError
 from igvmfw.igvm.headers import (
     GuestPolicy,
     PageData,
@@ -140,7 +141,10 @@ def context_registers(image: IgvmFile, header: VpContext) -> dict[str, object]:
 
 def entry_point(image: IgvmFile, header: VpContext) -> str:
     """Where a VP context lets its processor start, and in which mode."""
-    registers = context_registers(image, header)
+    try:
+        registers = context_registers(image, header)
+    except IgvmError as error:  # of a file that was read leniently
+        return f"unreadable: {error.message}"
 
     def number(*names: str) -> int:
         value = next((registers[name] for name in names if name in registers), 0)

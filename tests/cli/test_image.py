@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
 from igvmfw.cli import main
@@ -78,6 +79,23 @@ def test_inspect_json_is_one_document(run: Run, file: Path) -> None:
     context = next(item for item in document["pages"] if item["type"] == "VP_CONTEXT")
     assert context["registers"]["cs"]["base"] == 0xFFFF0000
     assert isinstance(json.loads(run("inspect", "--json", file, file)[1]), list)
+
+
+def test_json_output_is_what_its_schema_says(run: Run, file: Path, tmp_path: Path) -> None:
+    other = tmp_path / "rich.igvm"
+    other.write_bytes(samples.rich())
+    damaged = tmp_path / "damaged.igvm"
+    damaged.write_bytes(file.read_bytes()[:600])
+    valid("inspect", run("inspect", "--json", "--pages", file)[1])
+    valid("inspect", run("inspect", "--json", "--pages", file, other)[1])
+    valid("inspect", run("inspect", "--json", "--pages", "--lenient", damaged)[1])
+    valid("measure", run("measure", "--json", file, "--platform", "sev-snp")[1])
+
+
+def valid(name: str, out: str) -> None:
+    schema = json.loads((Path(__file__).parents[2] / "schemas" / f"{name}.json").read_bytes())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(json.loads(out), schema)
 
 
 def test_one_bad_file_hides_no_other(run: Run, file: Path, tmp_path: Path) -> None:
