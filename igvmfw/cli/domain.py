@@ -1,0 +1,287 @@
+"""Commands on domains: rewrite, restore, define, create, start."""
+
+import argparse
+import contextlib
+import difflib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from igvmfw import files
+from igvmfw.cli import Command
+from igvmfw.cli.output import emit, emit_json, note, warn
+from igvmfw.errors import EmulatorError, IgvmfwError
+from igvmfw.launch import Options, check_emulator, create, define, prepare, recorded, start
+from igvmfw.qemu import catalog
+from igvmfw.rewrite import Rewritten, convert, request_of, restore
+from igvmfw.virt.document import MAX_BYTES
+from igvmfw.virt.domain import Domain
+from igvmfw.virt.host import Connection, connect
+
+_TAKE_FROM_CATALOGUE = ""
+
+
+def _firmware_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--igvm",
+        metavar="PATH",
+        help="turn a bios or efi domain into an IGVM one first; --igvm alone has the file chosen, "
+        "--igvm=PATH names it",
+    )
+    _optional_value(parser, "--igvm")
+    parser.add_argument(
+        "--root",
+        type=Path,
+        default=Path("/"),
+        metavar="DIR",
+        help="choose among the firmware descriptors and files below DIR",
+    )
+    parser.add_argument(
+        "--no-lock-memory",
+        dest="lock_memory",
+        action="store_false",
+        help="do not add <memoryBacking><locked/> to SEV and SEV-ES guests",
+    )
+
+
+def _optional_value(parser: argparse.ArgumentParser, option: str) -> None:
+    """Let an option take a value after '=' only, as getopt_long has it.
+
+    argparse would take the next word as the value, `-` for standard input included.
+    """
+    parse = parser.parse_known_args
+
+    def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else args
+        words = [f"{option}={_TAKE_FROM_CATALOGUE}" if word == option else word for word in words]
+        return parse(words, namespace)
+
+    parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
+
+
+def _connect_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-c",
+        "--connect",
+        metavar="URI",
+        help="libvirt's URI, as virsh takes it; also qemu:///embed?root=DIR, which needs no daemon",
+    )
+
+
+def _rewrite_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "domain", nargs="?", default=files.STDIN, metavar="DOMAIN", help="an XML file (default: -)"
+    )
+    parser.add_argument("--diff", action="store_true", help="print the difference instead")
+    parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="write to a file")
+    _firmware_arguments(parser)
+    parser.add_argument(
+        "-c", "--connect", metavar="URI", help="ask this libvirt what its host offers"
+    )
+
+
+def _rewrite(args: argparse.Namespace) -> int:
+    before = _read_domain(args.domain)
+    if args.connect is None:
+        rewritten = _prepare(before, args, None)
+    else:
+        with connect(args.connect) as connection:
+            rewritten = _prepare(before, args, connection)
+    _report(rewritten)
+    _print_domain(before, rewritten.domain, args)
+    return 0
+
+
+def _restore_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "domain", nargs="?", default=files.STDIN, metavar="DOMAIN", help="an XML file (default: -)"
+    )
+    parser.add_argument("--diff", action="store_true", help="print the difference instead")
+    parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="write to a file")
+
+
+def _restore(args: argparse.Namespace) -> int:
+    before = _read_domain(args.domain)
+    with _within(args.domain):
+        after = restore(before)
+    if after is before:
+        note("not rewritten by igvmfw: unchanged")
+    _print_domain(before, after, args)
+    return 0
+
+
+def _define_arguments(parser: argparse.ArgumentParser) -> None:
+    _connect_arguments(parser)
+    parser.add_argument("file", metavar="FILE", help="the domain's XML; - is standard input")
+    _firmware_arguments(parser)
+    parser.add_argument(
+        "--validate", action="store_true", help="let libvirt check the XML against its schema"
+    )
+    parser.add_argument(
+        "--print-xml", action="store_true", help="print the XML libvirt would get, and stop there"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON document")
+
+
+def _define(args: argparse.Namespace) -> int:
+    domain = _read_domain(args.file)
+    with connect(args.connect) as connection:
+        rewritten = _prepare(domain, args, connection)
+        if args.print_xml:
+            return _print_xml(rewritten)
+        _report(rewritten)
+        name = define(connection, rewritten.domain, validate=args.validate)
+        try:
+            check_emulator(connection, rewritten.domain)
+        except EmulatorError as error:
+            warn(f"the domain will not start: {error}")
+    _done(args, rewritten.domain, name, "defined")
+    return 0
+
+
+def _create_arguments(parser: argparse.ArgumentParser) -> None:
+    _define_arguments(parser)
+    parser.add_argument("--paused", action="store_true", help="leave the processors stopped")
+
+
+def _create(args: argparse.Namespace) -> int:
+    domain = _read_domain(args.file)
+    with connect(args.connect) as connection:
+        rewritten = _prepare(domain, args, connection)
+        if args.print_xml:
+            return _print_xml(rewritten)
+        _report(rewritten)
+        name = create(connection, rewritten.domain, paused=args.paused, validate=args.validate)
+    _done(args, rewritten.domain, name, "created")
+    return 0
+
+
+def _start_arguments(parser: argparse.ArgumentParser) -> None:
+    _connect_arguments(parser)
+    parser.add_argument("domain", metavar="DOMAIN", help="its name or UUID")
+    parser.add_argument("--paused", action="store_true", help="leave the processors stopped")
+    parser.add_argument(
+        "--bypass-cache", action="store_true", help="avoid the host's cache when loading"
+    )
+    parser.add_argument("--force-boot", action="store_true", help="drop a saved state")
+    parser.add_argument("--json", action="store_true", help="one JSON document")
+
+
+def _start(args: argparse.Namespace) -> int:
+    with connect(args.connect) as connection:
+        domain = start(
+            connection,
+            args.domain,
+            paused=args.paused,
+            bypass_cache=args.bypass_cache,
+            force_boot=args.force_boot,
+        )
+    _done(args, domain, domain.name or args.domain, "started")
+    return 0
+
+
+def _read_domain(name: str) -> Domain:
+    data = files.read_text(name, limit=MAX_BYTES)
+    with _within(name):
+        return Domain.parse(data)
+
+
+@contextlib.contextmanager
+def _within(name: str) -> Iterator[None]:
+    """Put the XML's name before the place within it."""
+    try:
+        yield
+    except IgvmfwError as error:
+        if error.where is None or error.where.startswith(("line ", "byte ", "<")):
+            error.within("standard input" if name == files.STDIN else name)
+        raise
+
+
+def _prepare(domain: Domain, args: argparse.Namespace, connection: Connection | None) -> Rewritten:
+    """Choose and rewrite, with what the host of a connection offers."""
+    name = args.domain if "domain" in args else args.file
+    with _within(name):
+        if args.igvm is not None:
+            path = None if args.igvm == _TAKE_FROM_CATALOGUE else os.path.abspath(args.igvm)
+            domain = convert(domain, path)
+        if request_of(domain) is None:
+            return Rewritten(domain=domain)
+        capabilities = None
+        if connection is not None:
+            capabilities = connection.capabilities(
+                emulator=domain.emulator, machine=domain.os.machine, kind=domain.type
+            )
+            if connection.is_remote:
+                host = urlsplit(connection.uri).hostname
+                warn(f"the firmware is chosen and checked here, not on {host}")
+        user = os.geteuid() != 0 if connection is None else not connection.is_system
+        found = catalog.load(catalog.search_path(args.root, user=user), args.root)
+        for problem in found.problems:
+            warn(str(problem))
+        options = Options(entries=found.entries, root=args.root, lock_memory=args.lock_memory)
+        return prepare(domain, options, capabilities=capabilities)
+
+
+def _report(rewritten: Rewritten) -> None:
+    for warning in rewritten.warnings:
+        warn(warning)
+    for change in rewritten.changes:
+        note(change)
+    if recorded(rewritten.domain) is None:
+        note("no IGVM firmware asked for: unchanged")
+
+
+def _print_domain(before: Domain, after: Domain, args: argparse.Namespace) -> None:
+    if args.diff:
+        lines = difflib.unified_diff(
+            before.document.text().splitlines(),
+            after.document.text().splitlines(),
+            "standard input" if args.domain == files.STDIN else args.domain,
+            "restored" if args.command == "restore" else "rewritten",
+            lineterm="",
+        )
+        text = "".join(f"{line}\n" for line in lines).encode()
+    else:
+        text = after.write()
+    if args.output is not None:
+        files.write_atomic(args.output, text)
+    else:
+        # as it is, not through emit: this is for a file or libvirt, and must not change
+        sys.stdout.flush()
+        sys.stdout.buffer.write(text)
+
+
+def _print_xml(rewritten: Rewritten) -> int:
+    _report(rewritten)
+    sys.stdout.flush()
+    sys.stdout.buffer.write(rewritten.domain.write())
+    return 0
+
+
+def _done(args: argparse.Namespace, domain: Domain, name: str, verb: str) -> None:
+    file = recorded(domain)
+    if args.json:
+        igvm = file and {
+            "path": file.path,
+            "sha256": file.sha256,
+            "platform": file.platform.value,
+            "descriptor": file.descriptor,
+            "measurement": file.measurement,
+        }
+        emit_json({"domain": name, "igvm": igvm})
+    else:
+        emit(f"Domain '{name}' {verb}")
+        if file is not None:
+            note(f"firmware: {file.path} ({file.platform})")
+
+
+COMMANDS = {
+    "rewrite": Command(_rewrite_arguments, _rewrite),
+    "restore": Command(_restore_arguments, _restore),
+    "define": Command(_define_arguments, _define),
+    "create": Command(_create_arguments, _create),
+    "start": Command(_start_arguments, _start),
+}

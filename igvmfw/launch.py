@@ -1,0 +1,238 @@
+"""From a domain that asks for IGVM firmware to a guest, through libvirt."""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from igvmfw import files, rooted
+from igvmfw.errors import EmulatorError, IgvmfwError, LibvirtError, RefusedError, UsageError
+from igvmfw.igvm.image import IgvmFile
+from igvmfw.igvm.measure import MEASURED, launch_digest
+from igvmfw.qemu import emulator
+from igvmfw.qemu.catalog import Entry
+from igvmfw.rewrite import Rewritten, as_request, request_of, rewrite
+from igvmfw.select import Candidate, Choice, choose, confirm
+from igvmfw.virt.domain import Domain, Request
+from igvmfw.virt.host import Capabilities, Connection, translated
+from igvmfw.virt.record import File, Record
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How a domain is prepared.
+
+    Attributes:
+        entries: The firmware descriptors, in order of choice.
+        root: The root directory that the descriptors' files are in.
+        lock_memory: Let SEV and SEV-ES guests lock their memory.
+    """
+
+    entries: Sequence[Entry] = ()
+    root: Path = rooted.HOST
+    lock_memory: bool = True
+
+
+def prepare(
+    domain: Domain, options: Options, *, capabilities: Capabilities | None = None
+) -> Rewritten:
+    """Choose a domain's firmware and rewrite the domain for libvirt.
+
+    Args:
+        domain: Any domain; one that asks for no IGVM firmware stays as it is.
+        options: Where to choose from.
+        capabilities: Of the host that will run it; None when that is not known.
+    Raises:
+        NoFirmwareError: No descriptor matches.
+        RefusedError: The file is not for this guest, or the guest cannot take it.
+        InputError: The domain or the file is damaged, or the file cannot be read.
+    """
+    request = request_of(domain)
+    if request is None:
+        return Rewritten(domain=domain)
+    if capabilities is not None and capabilities.igvm:
+        return Rewritten(domain=as_request(domain))  # libvirt chooses by itself
+    sev_es = None if capabilities is None else capabilities.sev_es
+    candidate = choose(request, options.entries, sev_es=sev_es)
+    if candidate.descriptor is not None:
+        path = rooted.resolve(options.root, candidate.path)
+        candidate = dataclasses.replace(candidate, path=str(path))
+    choice = read(candidate, request, domain)
+    return rewrite(domain, choice, lock_memory=options.lock_memory)
+
+
+def read(candidate: Candidate, request: Request, domain: Domain) -> Choice:
+    """Read a candidate's file and judge it.
+
+    Args:
+        candidate: What was chosen by descriptor or path.
+        request: What the domain asks for.
+        domain: The domain, for its memory and vCPUs.
+    Raises:
+        InputError: The file cannot be read, or is damaged.
+        RefusedError: It is not for this guest.
+    """
+    with files.mapped(candidate.path) as content:
+        try:
+            image = IgvmFile.parse(content)
+            choice = confirm(
+                candidate,
+                request,
+                image,
+                sha256=hashlib.sha256(content).hexdigest(),
+                memory=domain.memory,
+            )
+            return dataclasses.replace(choice, measurement=_measurement(image, choice, domain))
+        except IgvmfwError as error:
+            if error.where is None or not error.where.startswith(candidate.path):
+                error.within(candidate.path)
+            raise
+
+
+def define(connection: Connection, domain: Domain, *, validate: bool = False) -> str:
+    """Define a prepared domain; returns its name.
+
+    Args:
+        connection: Where.
+        domain: What `prepare` gave.
+        validate: Let libvirt check the XML against its schema.
+    Raises:
+        LibvirtError: libvirt refuses it.
+    """
+    with translated():
+        import libvirt
+
+        flags = libvirt.VIR_DOMAIN_DEFINE_VALIDATE if validate else 0
+        name: str = connection.native.defineXMLFlags(_text(domain), flags).name()
+    return name
+
+
+def create(
+    connection: Connection, domain: Domain, *, paused: bool = False, validate: bool = False
+) -> str:
+    """Start a prepared domain that is gone when it stops; returns its name.
+
+    Args:
+        connection: Where.
+        domain: What `prepare` gave.
+        paused: Leave the processors stopped.
+        validate: Let libvirt check the XML against its schema.
+    Raises:
+        EmulatorError: The domain's QEMU cannot take IGVM files.
+        LibvirtError: libvirt or QEMU refuses it.
+    """
+    check_emulator(connection, domain)
+    with translated():
+        import libvirt
+
+        flags = libvirt.VIR_DOMAIN_START_PAUSED if paused else 0
+        flags |= libvirt.VIR_DOMAIN_START_VALIDATE if validate else 0
+        name: str = connection.native.createXML(_text(domain), flags).name()
+    return name
+
+
+def start(
+    connection: Connection,
+    name: str,
+    *,
+    paused: bool = False,
+    bypass_cache: bool = False,
+    force_boot: bool = False,
+) -> Domain:
+    """Start a defined domain; returns what libvirt has of it.
+
+    Args:
+        connection: Where.
+        name: The domain's name or UUID.
+        paused: Leave the processors stopped.
+        bypass_cache: Do not use the host's cache when loading a saved state.
+        force_boot: Drop a saved state and boot anew.
+    Raises:
+        EmulatorError: The domain's QEMU cannot take IGVM files.
+        RefusedError: The IGVM file is not the one the domain was defined with.
+        LibvirtError: There is no such domain, or libvirt or QEMU refuses it.
+    """
+    native = connection.find(name)
+    with translated():
+        import libvirt
+
+        if native.isActive():
+            raise LibvirtError("the domain is already running", where=name)
+        flags = (
+            (libvirt.VIR_DOMAIN_START_PAUSED if paused else 0)
+            | (libvirt.VIR_DOMAIN_START_BYPASS_CACHE if bypass_cache else 0)
+            | (libvirt.VIR_DOMAIN_START_FORCE_BOOT if force_boot else 0)
+        )
+        domain = Domain.parse(native.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE).encode())
+        check_file(connection, domain)
+        check_emulator(connection, domain)
+        native.createWithFlags(flags)
+    return domain
+
+
+def recorded(domain: Domain) -> File | None:
+    """The IGVM file that a rewritten domain was given; None for any other domain."""
+    record = Record.find(domain)
+    return None if record is None else record.file
+
+
+def check_file(connection: Connection, domain: Domain) -> None:
+    """See that a rewritten domain's IGVM file is still the one that was chosen.
+
+    A file on another host cannot be looked at; QEMU there reads what it finds.
+
+    Raises:
+        InputError: The file is gone or unreadable.
+        RefusedError: Its content changed.
+    """
+    file = recorded(domain)
+    if file is None or connection.is_remote:
+        return
+    with files.mapped(file.path) as content:
+        found = hashlib.sha256(content).hexdigest()
+    if found != file.sha256:
+        raise RefusedError(
+            f"the file changed since {domain.name} was defined: its SHA-256 is {found}, "
+            f"recorded is {file.sha256}",
+            where=file.path,
+            hint="if the change is meant, define the domain again with igvmfw",
+        )
+
+
+def check_emulator(connection: Connection, domain: Domain) -> None:
+    """See that the QEMU of a rewritten domain takes IGVM files, before a guest is started.
+
+    A QEMU on another host cannot be asked.
+
+    Raises:
+        EmulatorError: It is missing, or does not take them.
+    """
+    if recorded(domain) is None or connection.is_remote:
+        return
+    path = domain.emulator
+    if path is None:
+        path = connection.capabilities(
+            emulator=None, machine=domain.os.machine, kind=domain.type
+        ).emulator
+    if path is None:
+        return
+    try:
+        emulator.probe(Path(path)).require_igvm()
+    except EmulatorError as error:
+        if error.hint:
+            error.hint += f"; name another in <emulator> of {domain.name}"
+        raise
+
+
+def _measurement(image: IgvmFile, choice: Choice, domain: Domain) -> str | None:
+    if choice.platform not in MEASURED:
+        return None
+    try:
+        return launch_digest(image, choice.platform, vcpus=domain.vcpus).hex()
+    except UsageError:
+        return None  # depends on the CPU model of the host that will run it
+
+
+def _text(domain: Domain) -> str:
+    return domain.write().decode("utf-8-sig")

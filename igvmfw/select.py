@@ -1,0 +1,266 @@
+"""From what a domain asks for to the file it gets: the catalogue's first match, then the file.
+
+`choose` goes by the descriptors and opens no file; `confirm` judges the file itself, which the
+caller has read.  Only a confirmed choice can be put into a domain.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from igvmfw.errors import NoFirmwareError, RefusedError
+from igvmfw.igvm.headers import GuestPolicy, RequiredMemory
+from igvmfw.igvm.image import IgvmFile
+from igvmfw.igvm.spec import Architecture
+from igvmfw.platforms import Platform
+from igvmfw.qemu.catalog import Entry, State, Wanted, match
+from igvmfw.virt.domain import SEV_ES_POLICY, Request
+
+# firmware.json's name for each platform; the plain one needs none
+FEATURES: Mapping[Platform, str] = {
+    Platform.SEV: "amd-sev",
+    Platform.SEV_ES: "amd-sev-es",
+    Platform.SEV_SNP: "amd-sev-snp",
+    Platform.TDX: "intel-tdx",
+}
+# The policy of a domain that states none, when its file states none either.  SEV and SEV-ES:
+# virt-install's (no debugging, no key sharing; virtinst/domain/launch_security.py).  SEV-SNP:
+# QEMU's (SMT allowed; target/i386/sev.c, DEFAULT_SEV_SNP_POLICY).
+DEFAULT_POLICY: Mapping[Platform, int] = {
+    Platform.SEV: 0x03,
+    Platform.SEV_ES: 0x07,
+    Platform.SEV_SNP: 0x30000,
+}
+# a guest's memory goes on above 4 GiB when it is larger than this; q35's smallest split
+_CONTIGUOUS = 2 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A file that ought to do, going by its descriptor or by the domain's own word.
+
+    Attributes:
+        path: The IGVM file.
+        platforms: What the guest can take from it, preferred first.
+        descriptor: File name of its descriptor; None for a file named by path.
+        features: The descriptor's features; None where there is no descriptor.
+    """
+
+    path: str
+    platforms: tuple[Platform, ...]
+    descriptor: str | None = None
+    features: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """An IGVM file that was read and has what the guest needs.
+
+    Attributes:
+        path: The file.
+        sha256: Of its content, hexadecimal.
+        platform: What the guest takes from it.
+        descriptor: File name of the descriptor that it was chosen by.
+        features: The descriptor's features.
+        policy: The guest policy, also where the domain states none; None without one.
+        measurement: The launch digest to expect, hexadecimal, where it could be computed.
+        warnings: What could not be checked.
+    """
+
+    path: str
+    sha256: str
+    platform: Platform
+    descriptor: str | None = None
+    features: tuple[str, ...] = ()
+    policy: int | None = None
+    measurement: str | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def platforms(request: Request, *, sev_es: bool | None = None) -> tuple[Platform, ...]:
+    """The platforms that satisfy a request, preferred first.
+
+    Args:
+        request: What the domain asks for.
+        sev_es: Whether the host has SEV-ES; None when that is not known.
+    """
+    if request.platform is not Platform.SEV or request.policy is not None:
+        return (request.platform,)
+    match sev_es:
+        case True:  # as virt-install does
+            return (Platform.SEV_ES, Platform.SEV)
+        case False:
+            return (Platform.SEV,)
+    return (Platform.SEV, Platform.SEV_ES)
+
+
+def choose(request: Request, entries: Iterable[Entry], *, sev_es: bool | None = None) -> Candidate:
+    """The file that a domain names, or that of the first descriptor that matches.
+
+    Args:
+        request: What the domain asks for.
+        entries: The catalogue, in order of choice.
+        sev_es: Whether the host has SEV-ES; None when that is not known.
+    Raises:
+        NoFirmwareError: No descriptor matches; each candidate is named with its reasons.
+        RefusedError: The domain names a file whose descriptor contradicts the domain's features.
+    """
+    acceptable = platforms(request, sev_es=sev_es)
+    if request.path is not None:
+        return _named(request, request.path, entries, acceptable)
+    rejected: list[str] = []
+    for entry in entries:
+        if entry.state is State.BROKEN:
+            rejected.append(str(entry.error))
+        descriptor = entry.descriptor
+        if entry.state is not State.AVAILABLE or descriptor is None:
+            continue
+        reasons = {platform: match(entry, _wanted(request, platform)) for platform in acceptable}
+        matching = tuple(platform for platform in acceptable if not reasons[platform])
+        if matching:
+            return Candidate(
+                path=descriptor.mapping.filename,
+                platforms=matching,
+                descriptor=entry.name,
+                features=descriptor.features,
+            )
+        rejected.append(f"{entry.path}: {', '.join(reasons[acceptable[0]])}")
+    raise NoFirmwareError(
+        f"no IGVM firmware for {_describe(request)}: "
+        + ("; ".join(rejected) or "no descriptor of an IGVM file is installed"),
+        hint="see igvmfw list --all, or install a file with igvmfw install",
+    )
+
+
+def confirm(
+    candidate: Candidate,
+    request: Request,
+    image: IgvmFile,
+    *,
+    sha256: str,
+    memory: int | None = None,
+) -> Choice:
+    """Judge the file itself.
+
+    Args:
+        candidate: What `choose` gave.
+        request: What the domain asks for.
+        image: The candidate's file.
+        sha256: Of the file's content, hexadecimal.
+        memory: The guest's memory in bytes, where known.
+    Raises:
+        RefusedError: The file lacks the guest's platform, needs memory that the guest has not, or
+            states another guest policy than the domain.
+    """
+    if image.architecture is not Architecture.X64:
+        raise RefusedError("the file is not for x86_64", where=candidate.path)
+    platform = next((p for p in candidate.platforms if p in image.supported), None)
+    if platform is None:
+        raise RefusedError(
+            f"the guest needs {' or '.join(candidate.platforms)}, the file is for "
+            f"{', '.join(image.supported) or 'no platform'}",
+            where=candidate.path,
+            hint="choose a file for this platform, or change <launchSecurity>",
+        )
+    _check_memory(image, platform, memory, candidate.path)
+    return Choice(
+        path=candidate.path,
+        sha256=sha256,
+        platform=platform,
+        descriptor=candidate.descriptor,
+        features=candidate.features or (),
+        policy=_policy(request, image, platform, candidate.path),
+        warnings=tuple(_unchecked(request, candidate)),
+    )
+
+
+def file_policy(image: IgvmFile, platform: Platform) -> int | None:
+    """The guest policy that a file states for a platform."""
+    for header in image.for_platform(platform):
+        if isinstance(header, GuestPolicy):
+            return header.policy
+    return None
+
+
+def _named(
+    request: Request, path: str, entries: Iterable[Entry], acceptable: tuple[Platform, ...]
+) -> Candidate:
+    for entry in entries:
+        descriptor = entry.descriptor
+        if entry.state is not State.AVAILABLE or descriptor is None:
+            continue
+        if descriptor.mapping.filename != path:
+            continue
+        for name, wanted in request.features.items():
+            if wanted != (name in descriptor.features):
+                raise RefusedError(
+                    f"the domain {'wants' if wanted else 'refuses'} the firmware feature {name}, "
+                    f"which {path} {'lacks' if wanted else 'has'}",
+                    where=str(entry.path),
+                    hint="change <feature>, or name another file",
+                )
+        return Candidate(path=path, platforms=acceptable, features=descriptor.features)
+    return Candidate(path=path, platforms=acceptable)
+
+
+def _wanted(request: Request, platform: Platform) -> Wanted:
+    features = dict(request.features)
+    if platform in FEATURES:
+        features[FEATURES[platform]] = True
+    return Wanted(architecture=request.architecture, machine=request.machine, features=features)
+
+
+def _describe(request: Request) -> str:
+    words = [request.platform.value, request.architecture]
+    if request.machine:
+        words.append(request.machine)
+    words += [name if wanted else f"no {name}" for name, wanted in request.features.items()]
+    return ", ".join(words)
+
+
+def _policy(request: Request, image: IgvmFile, platform: Platform, path: str) -> int | None:
+    if platform not in DEFAULT_POLICY:
+        return None
+    stated = file_policy(image, platform)
+    if stated is None:
+        return request.policy if request.policy is not None else DEFAULT_POLICY[platform]
+    if request.policy is not None and request.policy != stated:
+        raise RefusedError(
+            f"the domain's guest policy is 0x{request.policy:x}, the file's is 0x{stated:x}",
+            where=path,
+            hint="remove <policy> to take the file's, or choose another file",
+        )
+    if platform is not Platform.SEV_SNP and bool(stated & SEV_ES_POLICY) != (
+        platform is Platform.SEV_ES
+    ):
+        raise RefusedError(
+            f"the file's guest policy for {platform} is 0x{stated:x}, which is not one of "
+            f"{platform} (bit 2 is for SEV-ES)",
+            where=path,
+            hint="make the file anew with a fitting policy",
+        )
+    return stated
+
+
+def _check_memory(image: IgvmFile, platform: Platform, memory: int | None, path: str) -> None:
+    needed = max(
+        (
+            header.gpa + header.number_of_bytes
+            for header in image.for_platform(platform)
+            if isinstance(header, RequiredMemory)
+        ),
+        default=0,
+    )
+    if memory is not None and memory < needed <= _CONTIGUOUS:
+        raise RefusedError(
+            f"the file needs memory up to {needed >> 20} MiB, the guest has {memory >> 20} MiB",
+            where=path,
+            hint="raise <memory>",
+        )
+
+
+def _unchecked(request: Request, candidate: Candidate) -> Iterator[str]:
+    if candidate.features is None and request.features:
+        yield (
+            f"{candidate.path} has no descriptor: whether it has the firmware features "
+            f"asked for ({', '.join(request.features)}) cannot be checked"
+        )

@@ -1,0 +1,205 @@
+"""Connections to libvirt, what a host offers, and libvirt's errors as ours."""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from igvmfw.errors import LibvirtError
+from igvmfw.virt import embedded
+from igvmfw.virt.document import Document
+
+_LOG_VARIABLES = ("LIBVIRT_DEBUG", "LIBVIRT_LOG_FILTERS", "LIBVIRT_LOG_OUTPUTS")
+# remedies for what libvirt and QEMU say, by a part of the message
+_REMEDIES = (
+    (
+        r"Failed to parse (user|group) '",
+        "this libvirt was built to run guests as that user, which does not exist here: install "
+        "libvirt-daemon-system (Debian, Ubuntu), or make it with useradd --system --user-group",
+    ),
+    (
+        r"driver\.pid|[Ff]ailed to acquire pid file",
+        "another process has this embedded driver's directory open: wait for it, or use another",
+    ),
+    (
+        r"socket path.*too long",
+        "use a shorter directory for the embedded driver: QEMU's sockets lie below it",
+    ),
+    (r"Failed to connect socket", "start libvirtd or virtqemud, or give another URI with -c"),
+    (r"does not accept value 'igvm-cfg'", "this QEMU has no IGVM: name another in <emulator>"),
+    (
+        r"does not describe a compatible supported platform",
+        "the file has not the guest's platform: choose another file",
+    ),
+    (
+        r"failed to register region .*Cannot allocate memory",
+        "the guest may not lock its memory: put <memoryBacking><locked/></memoryBacking> into it",
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What a host offers to a domain.
+
+    Attributes:
+        emulator: The QEMU binary that libvirt takes.
+        igvm: Whether libvirt itself chooses IGVM firmware, so that a request can be passed on as
+            it stands.
+        sev: Whether SEV guests can be started.
+        sev_es: Whether SEV-ES guests can be started.
+    """
+
+    emulator: str | None
+    igvm: bool
+    sev: bool
+    sev_es: bool
+
+    @classmethod
+    def parse(cls, xml: str) -> "Capabilities":
+        """From libvirt's domain capabilities.
+
+        Source: docs/formatdomaincaps.rst; maxESGuests is what virt-install goes by, too.
+        """
+        root = Document.parse(xml.encode()).root
+        sev = root.find("features/sev")
+        supported = sev is not None and sev.get("supported") == "yes"
+        guests = root.findtext("features/sev/maxESGuests", "0").strip()
+        values = [
+            value.text
+            for path in ("os/enum[@name='firmware']", "os/loader/enum[@name='type']")
+            for value in root.findall(f"{path}/value")
+        ]
+        return cls(
+            emulator=root.findtext("path"),
+            igvm="igvm" in values,
+            sev=supported,
+            sev_es=supported and guests.isdigit() and int(guests) > 0,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """An open connection to libvirt; `native` is libvirt-python's own object."""
+
+    native: Any
+
+    @property
+    def uri(self) -> str:
+        """The URI that libvirt uses."""
+        with translated():
+            uri: str = self.native.getURI()
+        return uri
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether guests run on another host, where files cannot be looked at from here."""
+        return bool(urlsplit(self.uri).hostname)
+
+    @property
+    def is_system(self) -> bool:
+        """Whether guests belong to the system, not to the user who runs this."""
+        return urlsplit(self.uri).path == "/system"
+
+    def capabilities(
+        self, *, emulator: str | None, machine: str | None, kind: str | None
+    ) -> Capabilities:
+        """What the host offers to an x86_64 domain.
+
+        Args:
+            emulator: The QEMU binary; None for libvirt's default.
+            machine: The machine type; None for QEMU's default.
+            kind: The domain's type, such as kvm; None for libvirt's default.
+        Raises:
+            LibvirtError: The host cannot run such a domain at all.
+        """
+        with translated():
+            xml: str = self.native.getDomainCapabilities(emulator, "x86_64", machine, kind, 0)
+        return Capabilities.parse(xml)
+
+    def find(self, name: str) -> Any:
+        """A domain by its UUID or name, as virsh finds it.
+
+        Raises:
+            LibvirtError: There is none.
+        """
+        with translated():
+            if re.fullmatch(r"[0-9A-Fa-f]{8}-?([0-9A-Fa-f]{4}-?){3}[0-9A-Fa-f]{12}", name):
+                import libvirt
+
+                with contextlib.suppress(libvirt.libvirtError):
+                    return self.native.lookupByUUIDString(name)
+            return self.native.lookupByName(name)
+
+
+@contextlib.contextmanager
+def connect(uri: str | None = None) -> Iterator[Connection]:
+    """Open a connection, closed at the end of the `with` block.
+
+    Args:
+        uri: Any URI of libvirt; None for its default (LIBVIRT_DEFAULT_URI, its configuration, or
+            what it finds).  For the embedded driver, its directory and event loop are looked after.
+    Raises:
+        LibvirtError: libvirt-python is missing, or libvirt cannot be reached.
+        OutputError: The embedded driver's directory cannot be made.
+        UsageError: The embedded driver's URI names no directory.
+    """
+    default = os.environ.get("VIRSH_DEFAULT_CONNECT_URI") or os.environ.get("LIBVIRT_DEFAULT_URI")
+    wanted = uri or default or None
+    root = embedded.root_of(wanted) if wanted else None
+    if root is not None:
+        log = embedded.prepare(root)
+        if not any(os.environ.get(name) for name in _LOG_VARIABLES):
+            # without a daemon libvirt logs to stderr; read when the library is loaded
+            os.environ["LIBVIRT_LOG_OUTPUTS"] = f"3:file:{log}"
+    libvirt = _library()
+    with contextlib.ExitStack() as stack:
+        if root is not None:
+            libvirt.virEventRegisterDefaultImpl()
+            loop = embedded.EventLoop(libvirt)
+            loop.start()
+            stack.callback(loop.stop)
+        with translated():
+            native = libvirt.open(wanted)
+        stack.callback(_close, native)
+        yield Connection(native)
+
+
+@contextlib.contextmanager
+def translated() -> Iterator[None]:
+    """Turn libvirt's errors into ours, with a remedy where there is a known one.
+
+    Raises:
+        LibvirtError: What libvirt said.
+    """
+    libvirt = _library()
+    try:
+        yield
+    except libvirt.libvirtError as error:
+        message = (error.get_error_message() or str(error)).strip()
+        hint = next((hint for part, hint in _REMEDIES if re.search(part, message, re.S)), None)
+        raise LibvirtError(message, where="libvirt", hint=hint) from None
+
+
+def _library() -> Any:
+    try:
+        import libvirt
+    except ImportError as error:
+        raise LibvirtError(
+            f"libvirt-python cannot be loaded: {error}",
+            hint="install python3-libvirt (Debian, Ubuntu, Fedora, openSUSE), or igvmfw[libvirt] "
+            "with pip",
+        ) from None
+    # libvirt-python raises what went wrong; by default libvirt prints it as well
+    libvirt.registerErrorHandler(lambda context, error: None, None)
+    return libvirt
+
+
+def _close(native: Any) -> None:
+    import libvirt
+
+    with contextlib.suppress(libvirt.libvirtError):
+        native.close()
