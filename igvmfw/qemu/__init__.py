@@ -1,1 +1,4 @@
-"""QEMU's side: firmware descriptors, their search path, the emulator. Knows no IGVM internals, no libvirt."""
+"""QEMU's side: firmware descriptors, their search path, the emulator.
+
+Knows no IGVM internals, no libvirt.
+"""

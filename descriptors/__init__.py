@@ -1,0 +1,1 @@
+"""Descriptor templates, shipped as the package igvmfw.descriptors (see igvmfw.resources)."""

@@ -1,0 +1,109 @@
+"""What igvmfw notes in the tags of a descriptor: the file described, and who wrote the descriptor.
+
+firmware.json keeps `tags` for development and debugging and has management software pass over
+them, so nobody chooses firmware by these.  Two are igvmfw's:
+
+    igvmfw-file=sha256:HEX,size:BYTES[,mtime:NANOSECONDS]   the IGVM file as it was
+    igvmfw-seal=WRITER,sha256:HEX                           over all of the descriptor but this tag
+
+A descriptor whose seal holds was written by igvmfw and not edited since.  Only such a one is
+replaced or removed.  The seal is no signature: whoever may write the directory can also seal.
+"""
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Self
+
+from igvmfw.qemu.descriptor import Descriptor
+
+_FILE = re.compile(r"igvmfw-file=sha256:([0-9a-f]{64}),size:(\d{1,20})(?:,mtime:(-?\d{1,20}))?")
+_SEAL = re.compile(r"igvmfw-seal=(install|refresh),sha256:([0-9a-f]{64})")
+
+
+class Writer(StrEnum):
+    """Which command wrote a descriptor, and so which one keeps it."""
+
+    INSTALL = "install"
+    REFRESH = "refresh"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileIdentity:
+    """An IGVM file as it was when it was described.
+
+    Attributes:
+        sha256: Of its content, hexadecimal.
+        size: In bytes.
+        mtime_ns: When it was last written, in nanoseconds since 1970; None where the descriptor
+            was made on another host, so that its text depends on the content alone.
+    """
+
+    sha256: str
+    size: int
+    mtime_ns: int | None = None
+
+    @classmethod
+    def of(cls, data: bytes | memoryview, info: os.stat_result | None = None) -> Self:
+        """The identity of a file's content.
+
+        Args:
+            data: The whole content.
+            info: Its status, where the time shall be noted.
+        """
+        return cls(
+            sha256=hashlib.sha256(data).hexdigest(),
+            size=memoryview(data).nbytes,
+            mtime_ns=None if info is None else info.st_mtime_ns,
+        )
+
+    def tag(self) -> str:
+        """The tag that says so."""
+        time = "" if self.mtime_ns is None else f",mtime:{self.mtime_ns}"
+        return f"igvmfw-file=sha256:{self.sha256},size:{self.size}{time}"
+
+    def looks_like(self, info: os.stat_result) -> bool:
+        """Whether size and time say that a file is still this one; its content is not read."""
+        return info.st_size == self.size and info.st_mtime_ns == self.mtime_ns
+
+
+def described_file(descriptor: Descriptor) -> FileIdentity | None:
+    """The file that a descriptor was made for, where igvmfw noted it."""
+    for tag in descriptor.tags:
+        if found := _FILE.fullmatch(tag):
+            sha256, size, mtime = found.groups()
+            return FileIdentity(
+                sha256=sha256, size=int(size), mtime_ns=None if mtime is None else int(mtime)
+            )
+    return None
+
+
+def sealed(descriptor: Descriptor, writer: Writer) -> Descriptor:
+    """The descriptor with its seal as the last tag."""
+    plain = _without_seal(descriptor)
+    return replace(plain, tags=(*plain.tags, f"igvmfw-seal={writer},sha256:{_digest(plain)}"))
+
+
+def find_writer(descriptor: Descriptor) -> Writer | None:
+    """Who wrote a descriptor and left a seal, whether it holds or not."""
+    seals = [found for tag in descriptor.tags if (found := _SEAL.fullmatch(tag))]
+    return Writer(seals[0].group(1)) if len(seals) == 1 else None
+
+
+def is_untouched(descriptor: Descriptor) -> bool:
+    """Whether igvmfw wrote the descriptor and nobody edited it since."""
+    seals = [found for tag in descriptor.tags if (found := _SEAL.fullmatch(tag))]
+    return len(seals) == 1 and seals[0].group(2) == _digest(_without_seal(descriptor))
+
+
+def _without_seal(descriptor: Descriptor) -> Descriptor:
+    tags = tuple(tag for tag in descriptor.tags if not _SEAL.fullmatch(tag))
+    return replace(descriptor, tags=tags)
+
+
+def _digest(descriptor: Descriptor) -> str:
+    canonical = json.dumps(descriptor.to_dict(), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()

@@ -1,0 +1,75 @@
+"""Paths inside another root directory (`--root`), as a process that is chrooted there sees them.
+
+A package build or an image has absolute links that mean its own files, not the host's; following
+them with the host's root would read, or write, the wrong files.
+"""
+
+import os
+from pathlib import Path
+
+from igvmfw.errors import InputError
+
+HOST = Path("/")
+_MAX_LINKS = 40  # as path_resolution(7): the kernel gives up with ELOOP after 40
+
+
+def resolve(root: Path, path: Path | str) -> Path:
+    """The host's path of a file named inside `root`, links followed inside `root`.
+
+    Args:
+        root: The other root directory.
+        path: The path as seen inside it; relative means relative to `root`.
+    Returns:
+        A path under `root`; nothing need exist there.  With the host's own root it is `path`.
+    Raises:
+        InputError: More links than the kernel would follow.
+    """
+    if root == HOST:
+        return HOST / path
+    left = list(reversed(_steps(path)))
+    done: list[str] = []
+    links = 0
+    while left:
+        step = left.pop()
+        if step == "..":
+            done = done[:-1]  # '..' of the root is the root
+            continue
+        here = root.joinpath(*done, step)
+        try:
+            target = os.readlink(here)
+        except OSError:  # no link, or nothing there
+            done.append(step)
+            continue
+        links += 1
+        if links > _MAX_LINKS:
+            raise InputError("too many links", where=str(path), hint="the links form a loop")
+        if target.startswith("/"):
+            done = []
+        left += reversed(_steps(target))
+    return root.joinpath(*done)
+
+
+def _steps(path: Path | str) -> list[str]:
+    return [step for step in str(path).split("/") if step not in ("", ".")]
+
+
+def inner(root: Path, path: Path | str) -> str:
+    """The name inside `root` of a file that the host names `path`, links left as they are.
+
+    Args:
+        root: The other root directory.
+        path: A path of the host, below `root`.
+    Raises:
+        InputError: The file is not below `root`.
+    """
+    absolute = os.path.abspath(path)
+    if root == HOST:
+        return absolute
+    for base in (os.path.abspath(root), os.path.realpath(root)):
+        if absolute.startswith(base.rstrip("/") + "/"):
+            return absolute[len(base.rstrip("/")) :]
+    raise InputError(
+        f"is not below the root {root}",
+        where=str(path),
+        hint="guests of that root could not see it: copy it there, and name it with that path",
+    )

@@ -1,0 +1,1 @@
+"""JSON Schemas, shipped as the package igvmfw.schemas (see igvmfw.resources)."""

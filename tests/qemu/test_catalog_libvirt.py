@@ -1,0 +1,155 @@
+"""The catalogue against libvirt itself: the same tree, mounted over the host's directories.
+
+In a mount namespace of its own, libvirt's embedded driver is asked which firmware it offers; its
+domain capabilities list the executables in order of choice.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from igvmfw.install import FIRST_TOLERANT_LIBVIRT
+from igvmfw.qemu.catalog import State, glob_matches, load, search_path
+from tests.parts import need
+from tests.qemu.test_catalog import SYSTEM, VENDOR, put
+from tests.qemu.test_descriptor import igvm_document
+
+OWN = "usr/share/igvmfw/firmware"
+
+# run inside the namespace: argv is the tree and libvirt's root directory
+ASK_LIBVIRT = """
+import sys, libvirt
+libvirt.virEventRegisterDefaultImpl()
+connection = libvirt.open("qemu:///embed?root=" + sys.argv[1])
+print(connection.getDomainCapabilities(None, "x86_64", "q35", "qemu"))
+"""
+MOUNTS = """
+mkdir -p /etc/qemu
+mount --bind "$1/usr/share/qemu/firmware" /usr/share/qemu/firmware
+mount --bind "$1/etc/qemu" /etc/qemu
+exec "$2" -c "$3" "$4"
+"""
+
+
+def flash(root: Path, name: str, machines: list[str] | None = None) -> str:
+    """A descriptor of a flash firmware whose files exist, as libvirt lists only such."""
+    for kind in ("code", "vars"):
+        (root / f"{name}-{kind}.fd").write_bytes(b"firmware")
+    document: dict[str, Any] = igvm_document()
+    document["mapping"] = {
+        "device": "flash",
+        "executable": {"filename": str(root / f"{name}-code.fd"), "format": "raw"},
+        "nvram-template": {"filename": str(root / f"{name}-vars.fd"), "format": "raw"},
+    }
+    document["targets"][0]["machines"] = machines or ["pc-q35-*"]
+    return json.dumps(document)
+
+
+def igvm() -> str:
+    document = {**igvm_document(), "features": ["amd-sev", "vtpm"]}
+    document["mapping"] = {
+        "device": "igvm",
+        "filename": "/usr/share/igvm/x.igvm",
+        "x-vtpm-storage": {"interface": "pflash", "format": "raw", "size-bytes": 1},
+    }
+    return json.dumps(document)
+
+
+def build_tree(root: Path) -> None:
+    tree: list[tuple[str, str, str]] = [
+        (VENDOR, "50-both.json", flash(root, "vendor-both")),
+        (SYSTEM, "50-both.json", flash(root, "system-both")),
+        (VENDOR, "60-masked.json", flash(root, "masked")),
+        (SYSTEM, "60-masked.json", ""),
+        (VENDOR, "10-first.json", flash(root, "first")),
+        (SYSTEM, "90-last.json", flash(root, "last")),
+        (SYSTEM, "9-as-text.json", flash(root, "as-text")),
+        (VENDOR, "20-pc-only.json", flash(root, "pc-only", ["pc-i440fx-*"])),
+        (VENDOR, "21-bracket.json", flash(root, "bracket", ["pc-[q]35-*"])),
+        (VENDOR, "22-question.json", flash(root, "question", ["pc-q3?-*"])),
+        (VENDOR, ".30-hidden.json", flash(root, "hidden")),
+        (VENDOR, "80-under-directory.json", flash(root, "under-directory")),
+        (OWN, "55-igvm.json", igvm()),
+    ]
+    for directory, name, content in tree:
+        put(root, directory, name, content)
+    (root / SYSTEM / "80-under-directory.json").mkdir()
+    (root / SYSTEM / "50-link.json").symlink_to("90-last.json")
+
+
+def ask_libvirt(root: Path, embed_root: Path) -> subprocess.CompletedProcess[str]:
+    need(os.geteuid() == 0, "root, for a mount namespace")
+    pytest.importorskip("libvirt")
+    answer = subprocess.run(
+        ["unshare", "-m", "sh", "-ec", MOUNTS, "-", root, sys.executable, ASK_LIBVIRT, embed_root],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    need("Operation not permitted" not in answer.stderr, "the right to make a mount namespace")
+    need("no connection driver" not in answer.stderr, "libvirt's QEMU driver")
+    return answer
+
+
+def offered_by_libvirt(root: Path, embed_root: Path) -> tuple[str, list[str]]:
+    """The concrete machine type, and the executables in order of choice."""
+    answer = ask_libvirt(root, embed_root)
+    assert answer.returncode == 0, answer.stderr
+    capabilities = ET.fromstring(answer.stdout)
+    values = capabilities.iterfind("os/loader/value")
+    return capabilities.findtext("machine") or "", [Path(v.text or "").name for v in values]
+
+
+def offered_by_catalog(root: Path, machine: str) -> list[str]:
+    found = load(search_path(root, user=False), root)
+    names = [
+        Path(entry.descriptor.mapping.filename).name
+        for entry in found.entries
+        if entry.state is State.OTHER_DEVICE and entry.descriptor is not None
+        if any(glob_matches(g, machine) for t in entry.descriptor.targets for g in t.machines)
+    ]
+    return list(dict.fromkeys(names))  # libvirt leaves out a file that an earlier one named
+
+
+def tolerant() -> bool:
+    import libvirt
+
+    version = libvirt.getVersion()
+    parts = (version // 1_000_000, version // 1000 % 1000, version % 1000)
+    return parts >= FIRST_TOLERANT_LIBVIRT
+
+
+def test_libvirt_offers_the_same_in_the_same_order(tmp_path: Path, embed_root: Path) -> None:
+    build_tree(tmp_path)
+    machine, offered = offered_by_libvirt(tmp_path, embed_root)
+    assert offered_by_catalog(tmp_path, machine) == offered
+    assert [offered[0], offered[-1], len(offered)] == ["first-code.fd", "as-text-code.fd", 6]
+    assert load(search_path(tmp_path, user=False)).available[0].name == "55-igvm.json"
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"), [(igvm(), "unknown device type"), ("{", "unable to parse json file")]
+)
+def test_what_an_older_libvirt_makes_of_one_descriptor_it_cannot_read(
+    tmp_path: Path, embed_root: Path, content: str, complaint: str
+) -> None:
+    """The reason for igvmfw's own directories: one such file takes all firmware away."""
+    build_tree(tmp_path)
+    machine, before = offered_by_libvirt(tmp_path, embed_root)
+    put(tmp_path, VENDOR, "56-unreadable.json", content)
+    if tolerant():
+        assert offered_by_libvirt(tmp_path, embed_root) == (machine, before)
+    else:
+        answer = ask_libvirt(tmp_path, embed_root)
+        assert answer.returncode != 0
+        assert re.search(f"{complaint}.*56-unreadable.json", answer.stderr)
+    # igvmfw itself goes on in either case
+    assert offered_by_catalog(tmp_path, machine) == before
