@@ -52,7 +52,7 @@ def one_line(err: str, *words: str | Path) -> None:
 def test_inspect_tells_people_what_is_inside(run: Run, file: Path) -> None:
     code, out, err = run("inspect", file)
     assert (code, err) == (0, "")
-    for text in ("revision 2", "sev-snp (mask 0x8)", "sev-es", "MEMORY_MAP", "real mode"):
+    for text in ("revision 2", "sev-snp (mask 0x8, policy 0x30000)", "sev-es", "MEMORY_MAP", "real mode"):
         assert text in out
     assert len(out.splitlines()) < 25
 

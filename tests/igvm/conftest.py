@@ -51,3 +51,15 @@ def ovmf_with_parameters(ovmf: Path, tmp_path_factory: pytest.TempPathFactory) -
     path = tmp_path_factory.mktemp("ovmf") / "OVMF-parameters.fd"
     path.write_bytes(image)
     return path
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """The program around the reference crate (tests/igvm/crate)."""
+    shown = subprocess.run(
+        [SCRIPT.with_name("reference.sh"), "--print"], capture_output=True, text=True, check=True,
+        timeout=60,
+    )  # fmt: skip
+    found = Path(shown.stdout.strip())
+    need(found.exists(), "the reference crate's program (tests/testbed/reference.sh)")
+    return found

@@ -34,6 +34,8 @@ def small(*words: Platform, revision: int = 2) -> bytes:
     builder = ImageBuilder(revision=revision)
     for index, word in enumerate(words):
         builder.add(platform(word, 1 << index))
+    if Platform.SEV_SNP in words:
+        builder.add(GuestPolicy(0x30000, 1 << words.index(Platform.SEV_SNP)))
     mask = (1 << len(words)) - 1
     builder.add_parameter_area(0, 4096)
     builder.add(MemoryMap(0, 0))

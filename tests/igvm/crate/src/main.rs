@@ -1,0 +1,209 @@
+//! Reads paths of IGVM files from standard input, one a line, and writes a line for each:
+//! `ok`, its content in a plain notation and its digests, or `error`, or `panic`.
+//! `igvm-peer --time FILE N` parses one file N times and prints the nanoseconds of each.
+
+use igvm::{IgvmDirectiveHeader as D, IgvmFile, IgvmInitializationHeader as I, IgvmPlatformHeader as P};
+use igvm_defs::IgvmPlatformType;
+use std::io::{BufRead, Write};
+use std::panic::catch_unwind;
+use zerocopy::IntoBytes;
+
+fn crc(data: &[u8]) -> String {
+    format!("{}:{:08x}", data.len(), crc32fast::hash(data))
+}
+
+fn platform(header: &P) -> String {
+    let P::SupportedPlatform(p) = header;
+    format!(
+        "SUPPORTED_PLATFORM {} {} {} {} {}",
+        p.compatibility_mask, p.highest_vtl, p.platform_type.0, p.platform_version, p.shared_gpa_boundary
+    )
+}
+
+fn initialization(header: &I) -> String {
+    match header {
+        I::GuestPolicy { policy, compatibility_mask } => format!("GUEST_POLICY {policy} {compatibility_mask}"),
+        I::CcaPolicy {
+            compatibility_mask,
+            attributes_required_zeroes,
+            attributes_required_ones,
+            hash_algorithm,
+            lfa_policy,
+        } => format!(
+            "CCA_POLICY {compatibility_mask} {attributes_required_zeroes} {attributes_required_ones} {} {}",
+            hash_algorithm.0, lfa_policy.0
+        ),
+        I::RelocatableRegion {
+            compatibility_mask,
+            relocation_alignment,
+            relocation_region_gpa,
+            relocation_region_size,
+            minimum_relocation_gpa,
+            maximum_relocation_gpa,
+            is_vtl2,
+            apply_rip_offset,
+            apply_gdtr_offset,
+            vp_index,
+            vtl,
+        } => {
+            let flags = *is_vtl2 as u8 | (*apply_rip_offset as u8) << 1 | (*apply_gdtr_offset as u8) << 2;
+            format!(
+                "RELOCATABLE_REGION {compatibility_mask} {vp_index} {} {flags} {relocation_alignment} \
+                 {relocation_region_gpa} {relocation_region_size} {minimum_relocation_gpa} {maximum_relocation_gpa}",
+                u8::from(*vtl)
+            )
+        }
+        I::PageTableRelocationRegion { compatibility_mask, gpa, size, used_size, vp_index, vtl } => format!(
+            "PAGE_TABLE_RELOCATION_REGION {compatibility_mask} {vp_index} {} {gpa} {size} {used_size}",
+            u8::from(*vtl)
+        ),
+        I::CorimDocument { compatibility_mask, document } => {
+            format!("CORIM_DOCUMENT {compatibility_mask} {}", crc(document))
+        }
+        I::CorimSignature { compatibility_mask, signature } => {
+            format!("CORIM_SIGNATURE {compatibility_mask} {}", crc(signature))
+        }
+    }
+}
+
+fn directive(header: &D) -> String {
+    let parameter = |name: &str, p: &igvm_defs::IGVM_VHS_PARAMETER| {
+        format!("{name} {} {}", p.parameter_area_index, p.byte_offset)
+    };
+    match header {
+        D::PageData { gpa, compatibility_mask, flags, data_type, data } => format!(
+            "PAGE_DATA {gpa} {compatibility_mask} {} {} {}",
+            u32::from(*flags),
+            data_type.0,
+            crc(data)
+        ),
+        D::ParameterArea { number_of_bytes, parameter_area_index, initial_data } => {
+            format!("PARAMETER_AREA {number_of_bytes} {parameter_area_index} {}", crc(initial_data))
+        }
+        D::VpCount(p) => parameter("VP_COUNT_PARAMETER", p),
+        D::EnvironmentInfo(p) => parameter("ENVIRONMENT_INFO_PARAMETER", p),
+        D::Srat(p) => parameter("SRAT", p),
+        D::Madt(p) => parameter("MADT", p),
+        D::Slit(p) => parameter("SLIT", p),
+        D::Pptt(p) => parameter("PPTT", p),
+        D::MmioRanges(p) => parameter("MMIO_RANGES", p),
+        D::MemoryMap(p) => parameter("MEMORY_MAP", p),
+        D::CommandLine(p) => parameter("COMMAND_LINE", p),
+        D::DeviceTree(p) => parameter("DEVICE_TREE", p),
+        D::RequiredMemory { gpa, compatibility_mask, number_of_bytes, vtl2_protectable } => format!(
+            "REQUIRED_MEMORY {gpa} {compatibility_mask} {number_of_bytes} {}",
+            *vtl2_protectable as u8
+        ),
+        D::SnpVpContext { gpa, compatibility_mask, vp_index, vmsa } => format!(
+            "VP_CONTEXT {gpa} {compatibility_mask} {vp_index} {}",
+            crc(vmsa.as_bytes())
+        ),
+        D::X64NativeVpContext { compatibility_mask, vp_index, context } => {
+            format!("VP_CONTEXT native {compatibility_mask} {vp_index} {}", crc(context.as_bytes()))
+        }
+        D::AArch64CcaVpContext { compatibility_mask, vp_index, context } => {
+            format!("VP_CONTEXT cca {compatibility_mask} {vp_index} {}", crc(context.as_bytes()))
+        }
+        D::X64VbsVpContext { vtl, registers, compatibility_mask } => {
+            let names: Vec<u32> = registers
+                .iter()
+                .map(|r| r.into_vbs_vp_context_reg(*vtl).register_name.get())
+                .collect();
+            format!("VP_CONTEXT vbs {compatibility_mask} {} {names:?}", u8::from(*vtl))
+        }
+        D::AArch64VbsVpContext { vtl, registers, compatibility_mask } => {
+            let names: Vec<u32> = registers
+                .iter()
+                .map(|r| r.into_vbs_vp_context_reg(*vtl).register_name.get())
+                .collect();
+            format!("VP_CONTEXT vbs {compatibility_mask} {} {names:?}", u8::from(*vtl))
+        }
+        D::ParameterInsert(p) => format!(
+            "PARAMETER_INSERT {} {} {}",
+            p.gpa, p.compatibility_mask, p.parameter_area_index
+        ),
+        D::ErrorRange { gpa, compatibility_mask, size_bytes } => {
+            format!("ERROR_RANGE {gpa} {compatibility_mask} {size_bytes}")
+        }
+        D::SnpIdBlock { compatibility_mask, ld, guest_svn, .. } => {
+            format!("SNP_ID_BLOCK {compatibility_mask} {} {guest_svn}", crc(ld))
+        }
+        D::VbsMeasurement { compatibility_mask, version, boot_measurement_digest, .. } => format!(
+            "VBS_MEASUREMENT {compatibility_mask} {version} {}",
+            crc(&boot_measurement_digest[..])
+        ),
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+fn digests(file: &IgvmFile) -> Vec<String> {
+    let mut found = Vec::new();
+    // the crate measures an area page by page, however large the file says it is
+    let huge = |d: &D| matches!(d, D::ParameterArea { number_of_bytes, .. } if *number_of_bytes > 1 << 24);
+    if file.directives().iter().any(huge) {
+        return found;
+    }
+    for header in file.platforms() {
+        let P::SupportedPlatform(p) = header;
+        let mask = p.compatibility_mask;
+        let digest = match p.platform_type {
+            IgvmPlatformType::SEV_SNP => {
+                igvm::measurement::generate_snp_measurement(file.initializations(), file.directives(), mask)
+                    .ok()
+                    .map(|d| hex(&d))
+            }
+            IgvmPlatformType::TDX => {
+                igvm::measurement::generate_tdx_measurement(file.directives(), mask).ok().map(|d| hex(&d))
+            }
+            IgvmPlatformType::VSM_ISOLATION => {
+                igvm::measurement::generate_vbs_measurement(file.directives(), mask).ok().map(|d| hex(&d))
+            }
+            _ => None,
+        };
+        if let Some(digest) = digest {
+            found.push(format!("digest {} {digest}", p.platform_type.0));
+        }
+    }
+    found
+}
+
+fn judge(data: &[u8]) -> String {
+    match IgvmFile::new_from_binary(data, None) {
+        Err(error) => format!("error\t{error:?}").replace('\n', " "),
+        Ok(file) => {
+            let mut lines: Vec<String> = file.platforms().iter().map(platform).collect();
+            lines.extend(file.initializations().iter().map(initialization));
+            lines.extend(file.directives().iter().map(directive));
+            // measuring may panic where reading does not: the verdict stands, without a digest
+            lines.extend(catch_unwind(std::panic::AssertUnwindSafe(|| digests(&file))).unwrap_or_default());
+            format!("ok\t{}", lines.join("\t"))
+        }
+    }
+}
+
+fn time(path: &str, count: usize) {
+    let data = std::fs::read(path).expect("readable file");
+    for _ in 0..count {
+        let start = std::time::Instant::now();
+        let file = IgvmFile::new_from_binary(&data, None).expect("valid file");
+        println!("{}", start.elapsed().as_nanos());
+        drop(file);
+    }
+}
+
+fn main() {
+    let words: Vec<String> = std::env::args().collect();
+    if words.get(1).map(String::as_str) == Some("--time") {
+        return time(&words[2], words[3].parse().expect("a count"));
+    }
+    std::panic::set_hook(Box::new(|_| {}));
+    let mut out = std::io::stdout().lock();
+    for line in std::io::stdin().lock().lines() {
+        let data = std::fs::read(line.expect("a path")).expect("readable file");
+        let verdict = catch_unwind(|| judge(&data)).unwrap_or_else(|_| "panic".into());
+        writeln!(out, "{verdict}").expect("standard output");
+    }
+}
