@@ -12,7 +12,7 @@ from igvmfw.igvm.image import IgvmFile
 from igvmfw.igvm.measure import MEASURED, launch_digest
 from igvmfw.qemu import emulator
 from igvmfw.qemu.catalog import Entry
-from igvmfw.rewrite import Rewritten, as_request, request_of, rewrite
+from igvmfw.rewrite import Rewritten, as_request, object_argument, request_of, rewrite
 from igvmfw.select import Candidate, Choice, choose, confirm
 from igvmfw.virt.domain import Domain, Request
 from igvmfw.virt.host import Capabilities, Connection, translated
@@ -58,6 +58,7 @@ def prepare(
     if candidate.descriptor is not None:
         path = rooted.resolve(options.root, candidate.path)
         candidate = dataclasses.replace(candidate, path=str(path))
+    object_argument(candidate.path)  # a path that QEMU will not get is not opened here either
     choice = read(candidate, request, domain)
     return rewrite(domain, choice, lock_memory=options.lock_memory)
 
@@ -154,11 +155,11 @@ def start(
         LibvirtError: There is no such domain, or libvirt or QEMU refuses it.
     """
     native = connection.find(name)
-    with translated():
+    with translated(f"domain '{name}'"):
         import libvirt
 
         if native.isActive():
-            raise LibvirtError("the domain is already running", where=name)
+            raise LibvirtError("already running", where=f"domain '{name}'")
         flags = (
             (libvirt.VIR_DOMAIN_START_PAUSED if paused else 0)
             | (libvirt.VIR_DOMAIN_START_BYPASS_CACHE if bypass_cache else 0)

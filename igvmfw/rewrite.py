@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from igvmfw.errors import DomainError, RefusedError
 from igvmfw.platforms import Platform
 from igvmfw.select import Choice
-from igvmfw.virt.document import canonical, insert, remove
+from igvmfw.virt.document import canonical, indent, insert, remove
 from igvmfw.virt.domain import COMMANDLINE, IGVM, Domain, Request, is_request, only, place
 from igvmfw.virt.record import File, Part, Record
 
@@ -363,6 +363,7 @@ def _lock_memory(domain: Domain, record: Record) -> Iterator[str]:
     backing, made = domain.section("memoryBacking")
     insert(backing, len(backing), backing.makeelement("locked"))
     if made:
+        indent(backing)
         record.made("memoryBacking")
     record.made("locked")
     yield "<locked/> added: the memory of a SEV guest is pinned"

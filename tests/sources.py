@@ -6,13 +6,18 @@ beside the emulator it builds, as PREFIX/share/igvmfw/firmware.json.
 """
 
 import functools
+import hashlib
 import os
 import subprocess
 import tempfile
 from pathlib import Path
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "igvmfw"
-_LIBVIRT_PARTS = ("*/tests/qemufirmwaredata", "*/tests/qemufirmwaretest.c")
+_LIBVIRT_PARTS = (
+    "*/tests/qemufirmwaredata",
+    "*/tests/qemufirmwaretest.c",
+    "*/tests/qemuxml*data",  # domains: qemuxml2argvdata up to 10.0, qemuxmlconfdata since
+)
 
 
 def qemu_interop() -> Path | None:
@@ -26,7 +31,8 @@ def qemu_interop() -> Path | None:
 @functools.cache
 def libvirt_source() -> Path | None:
     """The parts of libvirt's source tree that tests read, or None where it cannot be fetched."""
-    kept = CACHE / "sources" / "libvirt"
+    parts = hashlib.sha256("\0".join(_LIBVIRT_PARTS).encode()).hexdigest()[:12]
+    kept = CACHE / "sources" / f"libvirt-{parts}"
     if not kept.is_dir():
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=kept.parent) as work:

@@ -126,7 +126,7 @@ class Connection:
         Raises:
             LibvirtError: There is none.
         """
-        with translated():
+        with translated(f"domain '{name}'"):
             if re.fullmatch(r"[0-9A-Fa-f]{8}-?([0-9A-Fa-f]{4}-?){3}[0-9A-Fa-f]{12}", name):
                 import libvirt
 
@@ -162,16 +162,18 @@ def connect(uri: str | None = None) -> Iterator[Connection]:
             loop = embedded.EventLoop(libvirt)
             loop.start()
             stack.callback(loop.stop)
-        with translated():
+        with translated(wanted or "libvirt"):
             native = libvirt.open(wanted)
         stack.callback(_close, native)
         yield Connection(native)
 
 
 @contextlib.contextmanager
-def translated() -> Iterator[None]:
+def translated(where: str = "libvirt") -> Iterator[None]:
     """Turn libvirt's errors into ours, with a remedy where there is a known one.
 
+    Args:
+        where: What libvirt was asked about.
     Raises:
         LibvirtError: What libvirt said.
     """
@@ -181,7 +183,7 @@ def translated() -> Iterator[None]:
     except libvirt.libvirtError as error:
         message = (error.get_error_message() or str(error)).strip()
         hint = next((hint for part, hint in _REMEDIES if re.search(part, message, re.S)), None)
-        raise LibvirtError(message, where="libvirt", hint=hint) from None
+        raise LibvirtError(message, where=where, hint=hint) from None
 
 
 def _library() -> Any:

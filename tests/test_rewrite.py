@@ -1,0 +1,453 @@
+"""Rewriting a domain for unmodified libvirt, and back: only what must change changes."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from lxml import etree
+
+from igvmfw.errors import DomainError, IgvmfwError, RefusedError
+from igvmfw.platforms import Platform
+from igvmfw.rewrite import as_request, convert, object_argument, request_of, restore, rewrite
+from igvmfw.select import Choice
+from igvmfw.virt.document import canonical
+from igvmfw.virt.domain import Domain
+from igvmfw.virt.record import Record
+from tests.parts import need
+from tests.sources import libvirt_source
+from tests.virt import domains
+
+SCHEMA = Path("/usr/share/libvirt/schemas/domain.rng")
+SHA256 = "0123456789abcdef" * 4
+FORMS = [domains.REQUEST, domains.BY_PATH, domains.SEV, domains.CROWDED]
+
+
+def domain(text: str) -> Domain:
+    return Domain.parse(text.encode())
+
+
+def chosen(platform: Platform = Platform.NATIVE, **values: object) -> Choice:
+    policy = {Platform.SEV: 0x03, Platform.SEV_ES: 0x07, Platform.SEV_SNP: 0x30000}.get(platform)
+    choice = Choice(
+        path="/usr/share/igvm/ovmf.igvm",
+        sha256=SHA256,
+        platform=platform,
+        descriptor="60-ovmf.json",
+        policy=policy,
+        measurement="ab" * 32,
+    )
+    return dataclasses.replace(choice, **values)  # type: ignore[arg-type]
+
+
+def for_(text: str) -> Choice:
+    return chosen(Platform.SEV if "launchSecurity" in text else Platform.NATIVE)
+
+
+def same(one: Domain, other: Domain) -> bool:
+    return canonical(one.document.tree) == canonical(other.document.tree)
+
+
+def without(source: Domain, *paths: str) -> bytes:
+    """The canonical form without elements and without the white space between elements."""
+    copy = source.copy()
+    names = {"q": "http://libvirt.org/schemas/domain/qemu/1.0"}
+    for path in paths:
+        for element in copy.root.findall(path, names):
+            parent = element.getparent()
+            assert parent is not None
+            parent.remove(element)
+    text = etree.tostring(copy.root)
+    parser = etree.XMLParser(remove_blank_text=True)
+    return canonical(etree.fromstring(text, parser))
+
+
+@pytest.fixture(scope="module")
+def schema() -> "etree.RelaxNG":
+    need(SCHEMA.exists(), "libvirt's schemas (Debian: libvirt0)")
+    return etree.RelaxNG(etree.parse(SCHEMA))
+
+
+@pytest.mark.parametrize("text", FORMS)
+def test_restoring_gives_the_request_back_byte_for_byte(text: str) -> None:
+    rewritten = rewrite(domain(text), for_(text)).domain
+    assert rewritten.write() != text.encode()
+    assert same(restore(rewritten), domain(text))
+    reread = Domain.parse(rewritten.write())
+    assert same(restore(reread), domain(text))
+    if text is not domains.CROWDED:  # its comments after the end stand on lines of their own
+        assert restore(reread).write() == text.encode()
+
+
+@pytest.mark.parametrize("text", FORMS)
+def test_rewriting_again_changes_nothing(text: str) -> None:
+    once = rewrite(domain(text), for_(text)).domain
+    assert rewrite(once, for_(text)).domain.write() == once.write()
+    reread = Domain.parse(once.write())
+    assert rewrite(reread, for_(text)).domain.write() == once.write()
+
+
+def test_what_libvirt_gets() -> None:
+    result = rewrite(domain(domains.REQUEST), chosen()).domain
+    assert result.os.firmware is None
+    assert result.os.loader is None
+    assert result.os.element.find("firmware") is None
+    assert result.arguments == (
+        "-object",
+        "igvm-cfg,id=igvm0,file=/usr/share/igvm/ovmf.igvm",
+        "-machine",
+        "igvm-cfg=igvm0",
+    )
+    record = Record.find(result)
+    assert record is not None
+    assert record.file is not None
+    assert record.file.path == "/usr/share/igvm/ovmf.igvm"
+    assert (record.file.sha256, record.file.platform) == (SHA256, Platform.NATIVE)
+    assert (record.file.descriptor, record.file.measurement) == ("60-ovmf.json", "ab" * 32)
+
+
+def test_everything_else_stays() -> None:
+    before = domain(domains.CROWDED)
+    after = rewrite(before, chosen(Platform.SEV)).domain
+    ours = ("metadata/{urn:igvmfw:domain:1}domain", "launchSecurity/policy", "memoryBacking/locked")
+    taken = ("os/firmware", "os/loader")
+    left = before.copy()
+    del left.os.element.attrib["firmware"]
+    assert after.arguments[:2] == before.arguments
+    assert after.root.find(".//{http://libvirt.org/schemas/domain/qemu/1.0}env") is not None
+    for argument in list(after.argument_elements())[2:]:
+        parent = argument.getparent()
+        assert parent is not None
+        parent.remove(argument)
+    assert without(after, *ours) == without(left, *taken)
+    text = after.write().decode()
+    for kept in ("<!-- before -->", "<!-- after -->", "<![CDATA[a < b & c]]>", "<?keep this?>"):
+        assert kept in text
+
+
+def test_a_changed_choice_updates_in_place() -> None:
+    once = rewrite(domain(domains.CROWDED), chosen(Platform.SEV)).domain
+    commandline = next(once.argument_elements()).getparent()
+    assert commandline is not None
+    once.add_arguments("-msg", "timestamp=on")
+    again = rewrite(
+        once, chosen(Platform.SEV, path="/other.igvm", sha256="f" * 64, policy=1)
+    ).domain
+    assert again.arguments == (
+        "-L",
+        "/usr/share/a,b",
+        "-object",
+        "igvm-cfg,id=igvm0,file=/other.igvm",
+        "-machine",
+        "igvm-cfg=igvm0",
+        "-msg",
+        "timestamp=on",
+    )
+    assert again.security is not None
+    assert again.security.policy == 1
+    record = Record.find(again)
+    assert record is not None
+    assert record.file is not None
+    assert record.file.sha256 == "f" * 64
+    back = restore(again)
+    assert back.arguments == ("-L", "/usr/share/a,b", "-msg", "timestamp=on")
+
+
+def test_the_request_is_read_from_a_rewritten_domain() -> None:
+    for text in FORMS:
+        rewritten = rewrite(domain(text), for_(text)).domain
+        assert rewritten.request() is None
+        assert request_of(rewritten) == domain(text).request()
+
+
+def test_a_rewritten_domain_can_be_edited_before_it_is_restored() -> None:
+    rewritten = rewrite(domain(domains.REQUEST), chosen()).domain
+    rewritten.os.element.append(etree.Element("bootmenu", {"enable": "yes"}))
+    back = restore(rewritten)
+    assert back.os.element.find("bootmenu") is not None
+    assert back.request() == domain(domains.REQUEST).request()
+
+
+def test_a_newer_request_replaces_the_recorded_one() -> None:
+    rewritten = rewrite(domain(domains.REQUEST), chosen()).domain
+    rewritten.os.element.append(etree.fromstring("<loader type='igvm'>/new.igvm</loader>"))
+    request = request_of(rewritten)
+    assert request is not None
+    assert (request.path, request.features) == ("/new.igvm", {})
+    again = rewrite(rewritten, chosen(path="/new.igvm")).domain
+    assert request_of(again) == request
+
+
+def test_other_firmware_put_in_by_hand_is_not_overwritten() -> None:
+    rewritten = rewrite(domain(domains.REQUEST), chosen()).domain
+    rewritten.os.element.set("firmware", "efi")
+    for function in (restore, as_request, request_of):
+        with pytest.raises(DomainError, match="other firmware was put into"):
+            function(rewritten)
+
+
+@pytest.mark.parametrize("path", [None, "/usr/share/igvm/x.igvm"])
+def test_an_efi_domain_turns_into_an_igvm_one_and_back(path: str | None) -> None:
+    before = domain(domains.EFI)
+    asking = convert(before, path)
+    request = asking.request()
+    assert request is not None
+    assert (request.path, request.platform) == (path, Platform.SEV)
+    assert request.features == {"secure-boot": False}
+    assert convert(asking, path) is asking
+    rewritten = rewrite(asking, chosen(Platform.SEV)).domain
+    for gone in ("loader", "nvram", "firmware"):
+        assert rewritten.os.element.find(gone) is None
+    assert convert(rewritten, path) is rewritten
+    assert same(as_request(rewritten), asking)
+    assert restore(rewritten).write() == domains.EFI.encode()
+    assert restore(asking).write() == domains.EFI.encode()
+
+
+def test_another_file_for_a_domain_that_asks_already() -> None:
+    asking = convert(domain(domains.REQUEST), "/first.igvm")
+    rewritten = rewrite(asking, chosen(path="/first.igvm")).domain
+    second = convert(rewritten, "/second.igvm")
+    request = second.request()
+    assert request is not None
+    assert request.path == "/second.igvm"
+    assert restore(second).write() == domains.REQUEST.encode()
+
+
+def test_a_bios_domain_without_any_loader() -> None:
+    text = domains.BY_PATH.replace(
+        "    <loader type='igvm'>/usr/share/igvm/ovmf.igvm</loader>\n", ""
+    )
+    rewritten = rewrite(convert(domain(text)), chosen()).domain
+    assert restore(rewritten).write() == text.encode()
+
+
+def test_sev_gets_what_it_cannot_start_without() -> None:
+    result = rewrite(domain(domains.SEV), chosen(Platform.SEV_ES))
+    assert result.domain.security is not None
+    assert result.domain.security.policy == 7
+    assert result.domain.root.find("memoryBacking/locked") is not None
+    assert len(result.changes) == 2
+    off = rewrite(domain(domains.SEV), chosen(Platform.SEV_ES), lock_memory=False)
+    assert off.domain.root.find("memoryBacking") is None
+    # switched off later: what igvmfw added goes again
+    assert same(
+        rewrite(result.domain, chosen(Platform.SEV_ES), lock_memory=False).domain, off.domain
+    )
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        "<memoryBacking><locked/></memoryBacking>",
+        "<memtune><hard_limit unit='GiB'>1</hard_limit></memtune>",
+    ],
+)
+def test_the_users_own_memory_limit_is_kept(own: str) -> None:
+    text = domains.SEV.replace("<launchSecurity", f"{own}<launchSecurity")
+    result = rewrite(domain(text), chosen(Platform.SEV))
+    assert len(result.changes) == 1
+    assert restore(result.domain).write() == text.encode()
+
+
+def test_only_sev_and_sev_es_lock_memory() -> None:
+    text = domains.SEV.replace("type='sev'", "type='sev-snp'")
+    result = rewrite(domain(text), chosen(Platform.SEV_SNP)).domain
+    assert result.root.find("memoryBacking") is None
+    assert result.security is not None
+    assert result.security.policy == 0x30000
+
+
+def test_a_policy_changed_afterwards_is_the_users() -> None:
+    rewritten = rewrite(domain(domains.SEV), chosen(Platform.SEV)).domain
+    policy = rewritten.root.find("launchSecurity/policy")
+    assert policy is not None
+    policy.text = "0x0001"
+    request = request_of(rewritten)
+    assert request is not None
+    assert request.policy == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("/a b/ü.igvm", "/a b/ü.igvm"),
+        ("/a,b.igvm", "/a,,b.igvm"),
+        ("/a,id=x,file=/etc/passwd", "/a,,id=x,,file=/etc/passwd"),
+        ("/,,", "/,,,,"),
+        ('/it\'s "quoted"', '/it\'s "quoted"'),
+    ],
+)
+def test_a_path_cannot_add_options(path: str, value: str) -> None:
+    assert object_argument(path) == f"igvm-cfg,id=igvm0,file={value}"
+    rewritten = rewrite(domain(domains.BY_PATH), chosen(path=path)).domain
+    again = Domain.parse(rewritten.write())
+    assert again.arguments[1] == f"igvm-cfg,id=igvm0,file={value}"
+    assert same(restore(again), domain(domains.BY_PATH))
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["relative", "", "/a\nb", "/a\0b", "/a\x1b[2J", "/\udcff", "/" + "x" * 5000, "/a\u2028b"],
+)
+def test_paths_that_no_file_should_have_are_refused(path: str) -> None:
+    with pytest.raises(RefusedError) as caught:
+        object_argument(path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def arguments(*values: str) -> str:
+    return (
+        "<qemu:commandline xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>"
+        + "".join(f"<qemu:arg value='{value}'/>" for value in values)
+        + "</qemu:commandline></domain>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("machine='q35'", "machine='microvm'", ("microvm", "machine='q35'")),
+        ("machine='q35'", "machine='isapc'", ("isapc",)),
+        ("arch='x86_64'", "arch='aarch64'", ("aarch64",)),
+        (">hvm<", ">exe<", ("'exe'",)),
+        ("type='kvm'", "type='xen'", ("'xen'", "type='kvm'")),
+        ("</domain>", arguments("-bios", "/x"), ("-bios /x", "remove -bios")),
+        ("</domain>", arguments("-pflash", "/x"), ("-pflash",)),
+        ("</domain>", arguments("--drive", "file=/x,if=pflash"), ("-drive", "pflash")),
+        ("</domain>", arguments("-machine", "smm=on,pflash0=f"), ("pflash0",)),
+        ("</domain>", arguments("-M", "firmware=/x"), ("firmware",)),
+        ("</domain>", arguments("-object", "igvm-cfg,id=mine,file=/x"), ("names an IGVM file",)),
+        ("</domain>", arguments("--object", "id=i,qom-type=igvm-cfg"), ("names an IGVM file",)),
+        (
+            "</domain>",
+            arguments("-object", '{"qom-type":"igvm-cfg","id":"igvm0"}'),
+            ("names an IGVM file",),
+        ),
+        ("</domain>", arguments("-machine", "igvm-cfg=igvm0"), ("names an IGVM file",)),
+    ],
+)
+def test_what_qemu_does_not_take_beside_igvm(old: str, new: str, words: tuple[str, ...]) -> None:
+    source = domain(domains.BY_PATH.replace(old, new))
+    with pytest.raises(RefusedError) as caught:
+        rewrite(source, chosen())
+    for word in words:
+        assert word in str(caught.value)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ("-object", "memory-backend-file,id=igvm-cfg,mem-path=/a,,igvm-cfg"),
+        ("-machine", "smm=off"),
+        ("-drive", "file=/pflash,if=none"),
+        ("-object", "{"),
+        ("-object", "{&quot;a&quot;:" * 50_000),
+        ("-nodefaults",),
+        ("-append", "console=ttyS0 igvm-cfg=1"),
+    ],
+)
+def test_other_arguments_are_no_concern(values: tuple[str, ...]) -> None:
+    source = domain(domains.BY_PATH.replace("</domain>", arguments(*values)))
+    result = rewrite(source, chosen()).domain
+    assert result.arguments[: len(values)] == source.arguments
+    assert same(restore(result), source)
+
+
+def test_launch_security_needs_kvm() -> None:
+    with pytest.raises(RefusedError, match="needs KVM"):
+        rewrite(domain(domains.SEV.replace("type='kvm'", "type='qemu'")), chosen(Platform.SEV))
+
+
+def test_kernel_hashes_of_a_direct_boot_are_refused() -> None:
+    text = domains.SEV.replace("type='sev'", "type='sev' kernelHashes='yes'")
+    rewrite(domain(text), chosen(Platform.SEV))
+    text = text.replace("</type>", "</type><kernel>/vmlinuz</kernel>")
+    with pytest.raises(RefusedError, match="hashes"):
+        rewrite(domain(text), chosen(Platform.SEV))
+
+
+def test_two_tpms_are_pointed_out() -> None:
+    text = domains.REQUEST.replace("</devices>", "<tpm model='tpm-crb'/></devices>")
+    result = rewrite(domain(text), chosen(features=("vtpm",)))
+    assert "two" in result.warnings[0]
+    assert rewrite(domain(text), chosen()).warnings == ()
+
+
+def test_a_domain_that_asks_for_nothing() -> None:
+    with pytest.raises(DomainError, match="--igvm"):
+        rewrite(domain(domains.EFI), chosen(Platform.SEV))
+    plain = domain(domains.EFI)
+    assert restore(plain) is plain
+    assert request_of(plain) is None
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (SHA256, "zz"),
+        ("platform='native'", "platform='x'"),
+        ("index='1'", "index='-1'"),
+        ("index='1'", "index='²'"),
+        ("measurement='ab", "measurement='xx"),
+    ],
+)
+def test_a_damaged_record_is_one_clear_error(old: str, new: str) -> None:
+    text = rewrite(domain(domains.REQUEST), chosen()).domain.write().decode()
+    assert old in text
+    with pytest.raises(DomainError, match="damaged"):
+        restore(domain(text.replace(old, new)))
+
+
+def test_an_absurd_position_in_the_record_is_harmless() -> None:
+    text = rewrite(domain(domains.REQUEST), chosen()).domain.write().decode()
+    back = restore(domain(text.replace("index='1'", f"index='{'9' * 5000}'")))
+    assert back.request() == domain(domains.REQUEST).request()
+
+
+@pytest.mark.parametrize("text", [domains.REQUEST, domains.BY_PATH, domains.SEV])
+def test_the_result_is_valid_for_libvirts_schema(schema: "etree.RelaxNG", text: str) -> None:
+    before = domain(text)
+    assert not schema.validate(before.document.tree)
+    after = rewrite(before, for_(text)).domain
+    assert schema.validate(after.document.tree), schema.error_log.last_error
+    converted = rewrite(convert(domain(domains.EFI)), chosen(Platform.SEV)).domain
+    assert schema.validate(converted.document.tree), schema.error_log.last_error
+
+
+def test_libvirts_own_domains(schema: "etree.RelaxNG", capsys: pytest.CaptureFixture[str]) -> None:
+    """Each becomes valid XML or one clear error, and comes back as it was."""
+    source = libvirt_source()
+    need(source is not None, "libvirt's source package (through apt)")
+    assert source is not None
+    files = [
+        *source.glob("tests/qemuxml2argvdata/*.xml"),
+        *source.glob("tests/qemuxmlconfdata/*.xml"),
+    ]
+    rewritten = 0
+    refused: list[IgvmfwError] = []
+    for file in sorted(files):
+        data = file.read_bytes()
+        before = Domain.parse(data)
+        assert before.write() == data, file
+        valid = schema.validate(before.document.tree)
+        try:
+            asking = convert(before, "/usr/share/igvm/a, b.igvm")
+            request = request_of(asking)
+            assert request is not None
+            policy = chosen(request.platform).policy if request.policy is None else request.policy
+            choice = chosen(request.platform, path="/usr/share/igvm/a, b.igvm", policy=policy)
+            after = rewrite(asking, choice).domain
+        except (DomainError, RefusedError) as error:
+            refused.append(error)
+            continue
+        rewritten += 1
+        assert same(restore(after), before), file
+        reread = Domain.parse(after.write())
+        assert rewrite(reread, choice).domain is reread, file
+        assert schema.validate(reread.document.tree) or not valid, schema.error_log.last_error
+    with capsys.disabled():
+        print(f"\n{len(files)} domains of libvirt: {rewritten} rewritten, {len(refused)} refused")
+    assert rewritten > 500
+    assert all(error.hint for error in refused)
+    assert rewritten + len(refused) == len(files) > 1000
