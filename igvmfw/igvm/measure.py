@@ -258,7 +258,7 @@ def launch_vmsas(
         features |= SEV_FEATURE_SNP_ACTIVE
     for index in range(vcpus):
         if index in contexts:
-            yield as_kvm_measures(contexts[index], features)
+            yield as_kvm_measures(contexts[index], platform, features)
             continue
         if cpu_signature is None:
             raise UsageError(
@@ -266,27 +266,31 @@ def launch_vmsas(
                 "signature, which the digest depends on",
                 hint="name the guest's CPU model with --cpu",
             )
-        yield reset_vmsa(RESET_ADDRESS, sev_features=features, rdx=cpu_signature)
+        reset = reset_vmsa(RESET_ADDRESS, sev_features=features, rdx=cpu_signature)
+        yield as_kvm_measures(reset, platform, features)
 
 
 _SYNCED = (
-    "dr6 dr7 cr0 cr3 rsp rax rcx rdx rbx rbp rsi rdi r8 r9 r10 r11 r12 r13 r14 r15 rip xcr0 g_pat "
-    "mxcsr x87_fcw"
+    "dr6 dr7 cr0 cr3 rsp rax rcx rdx rbx rbp rsi rdi r8 r9 r10 r11 r12 r13 r14 r15 rip xcr0 g_pat"
 ).split()
+_FPU = ("mxcsr", "x87_fcw")
 _CR0_CACHE = 1 << 30 | 1 << 29  # CD and NW, which KVM clears for a guest
 _CR4_MCE = 1 << 6
 _EFER_SVME = 1 << 12
 
 
-def as_kvm_measures(vmsa: Vmsa, sev_features: int) -> Vmsa:
+def as_kvm_measures(vmsa: Vmsa, platform: Platform, sev_features: int) -> Vmsa:
     """A VP context as it comes out of QEMU and KVM: what KVM_SEV_LAUNCH_UPDATE_VMSA encrypts.
 
     QEMU copies the registers it knows into the vCPU (sev_apply_cpu_context), and KVM writes the
     VMSA from the vCPU (sev_es_sync_vmsa): EFER.SVME and CR4.MCE appear, CR0's cache bits go, the
     table registers keep base and limit only, TR gets LDTR's base (QEMU's mistake), and the features
-    are those of vCPU 0.
+    are those of vCPU 0.  The FPU's registers are measured on SEV-SNP only: for SEV-ES QEMU creates
+    a VM of KVM's default type (legacy-vm-type=auto, which libvirt leaves alone), where KVM does not
+    write them.
     """
-    registers: dict[str, int | Segment] = {name: vmsa[name] for name in _SYNCED}
+    names = [*_SYNCED, *_FPU] if platform is Platform.SEV_SNP else _SYNCED
+    registers: dict[str, int | Segment] = {name: vmsa[name] for name in names}
     for name in ("es", "cs", "ss", "ds", "fs", "gs", "ldtr", "tr"):
         segment = vmsa.segment(name)
         registers[name] = segment._replace(attrib=segment.attrib & 0xFFF)

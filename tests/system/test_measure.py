@@ -1,0 +1,99 @@
+"""The digest computed from a file is the one of a launch: QEMU's, recorded by the SEV stand-in."""
+
+import hashlib
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from igvmfw.igvm.image import IgvmFile
+from igvmfw.igvm.measure import Vmm, launch_digest, launch_updates, launch_vmsas
+from igvmfw.igvm.wrap import wrap
+from igvmfw.platforms import Platform
+from igvmfw.qemu.cpus import signature
+from tests.igvm import samples
+from tests.testbed.standin import LaunchRecord, SevEmulator
+
+CPU = "EPYC-v4"
+OBJECTS = {
+    Platform.SEV: "sev-guest,id=sev0,policy=1",
+    Platform.SEV_ES: "sev-guest,id=sev0,policy=5",
+    Platform.SEV_SNP: "sev-snp-guest,id=sev0,policy=0x30000",
+}
+
+
+def launch(
+    emulator: SevEmulator, file: Path, platform: Platform, vcpus: int, tmp_path: Path
+) -> LaunchRecord:
+    """Launch a guest from a file, up to the end of its measuring."""
+    guest = f"{OBJECTS[platform]},cbitpos=0,reduced-phys-bits=1"
+    snp = platform is Platform.SEV_SNP
+    command = [
+        str(emulator.path), "-accel", "kvm", "-cpu", CPU, "-smp", str(vcpus), "-m", "512",
+        "-machine", "q35,confidential-guest-support=sev0,igvm-cfg=igvm0",
+        "-object", guest, "-object", f"igvm-cfg,id=igvm0,file={file}",
+        "-nodefaults", "-display", "none", "-vga", "none", "-L", "/usr/share/seabios",
+        *([] if snp else ["-S"]),  # SEV-SNP's updates happen when the guest begins to run
+    ]  # fmt: skip
+    log = tmp_path / "qemu.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output)
+    try:
+        for _ in range(40):
+            try:
+                return emulator.wait_for("snp_finish" if snp else "measure", seconds=0.5)
+            except TimeoutError:
+                assert process.poll() is None, log.read_text()
+        raise AssertionError(f"no launch: {log.read_text()}")
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("vcpus", [1, 2, 5])
+@pytest.mark.parametrize("platform", list(OBJECTS))
+@pytest.mark.parametrize("image", ["wrapped", "small"])
+def test_digest_is_the_launch_records(
+    platform: Platform,
+    vcpus: int,
+    image: str,
+    sev_emulator: SevEmulator,
+    ovmf: Path,
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "guest.igvm"
+    if image == "wrapped":
+        data = wrap(ovmf.read_bytes(), [Platform.NATIVE, platform], vcpus=vcpus)
+    else:  # a parameter area, pages of zeroes; a VP context for vCPU 0 alone
+        data = samples.small(Platform.NATIVE, platform)
+    file.write_bytes(data)
+    parsed = IgvmFile.parse(data)
+    record = launch(sev_emulator, file, platform, vcpus, tmp_path)
+    cpu = signature(CPU)
+
+    expected = list(launch_updates(parsed, platform, Vmm.QEMU))
+    if platform is not Platform.SEV_SNP:
+        # QEMU's own bytes, hashed by nobody but the standard library
+        measured = b"".join(bytes(page) for update in expected for page in update.pages)
+        assert hashlib.sha256(record.data).digest() == hashlib.sha256(measured).digest()
+    assert [len(update.data) for update in record.updates] == [
+        4096 * len(update.pages) for update in expected
+    ]
+    if platform is not Platform.SEV:
+        vmsas = list(launch_vmsas(parsed, platform, vcpus, cpu, Vmm.QEMU))
+        assert [vcpu.page for vcpu in record.vcpus] == [vmsa.content for vmsa in vmsas]
+    assert record.digest is not None
+    assert record.digest == launch_digest(parsed, platform, vcpus=vcpus, cpu_signature=cpu)
+
+
+def test_one_changed_byte_changes_the_digest(
+    sev_emulator: SevEmulator, ovmf: Path, tmp_path: Path
+) -> None:
+    data = bytearray(wrap(ovmf.read_bytes(), [Platform.SEV]))
+    before = launch_digest(IgvmFile.parse(data), Platform.SEV)
+    data[-1] ^= 1  # file data: no checksum covers it
+    file = tmp_path / "changed.igvm"
+    file.write_bytes(data)
+    record = launch(sev_emulator, file, Platform.SEV, 1, tmp_path)
+    assert record.digest == launch_digest(IgvmFile.parse(data), Platform.SEV)
+    assert record.digest != before
