@@ -210,6 +210,7 @@ def _prepare(domain: Domain, args: argparse.Namespace, connection: Connection | 
         if request_of(domain) is None:
             return Rewritten(domain=domain)
         capabilities = None
+        lock_memory = args.lock_memory
         if connection is not None:
             capabilities = connection.capabilities(
                 emulator=domain.emulator, machine=domain.os.machine, kind=domain.type
@@ -217,11 +218,17 @@ def _prepare(domain: Domain, args: argparse.Namespace, connection: Connection | 
             if connection.is_remote:
                 host = urlsplit(connection.uri).hostname
                 warn(f"the firmware is chosen and checked here, not on {host}")
+            if lock_memory and domain.security is not None and not connection.may_lock_memory:
+                lock_memory = False
+                warn(
+                    "<locked/> left out: libvirt may not lift the limit on locked memory here; a "
+                    "SEV guest starts if its memory fits into the limit (ulimit -l)"
+                )
         user = os.geteuid() != 0 if connection is None else not connection.is_system
         found = catalog.load(catalog.search_path(args.root, user=user), args.root)
         for problem in found.problems:
             warn(str(problem))
-        options = Options(entries=found.entries, root=args.root, lock_memory=args.lock_memory)
+        options = Options(entries=found.entries, root=args.root, lock_memory=lock_memory)
         return prepare(domain, options, capabilities=capabilities)
 
 

@@ -3,8 +3,10 @@
 import contextlib
 import os
 import re
+import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -13,6 +15,7 @@ from igvmfw.virt import embedded
 from igvmfw.virt.document import Document
 
 _LOG_VARIABLES = ("LIBVIRT_DEBUG", "LIBVIRT_LOG_FILTERS", "LIBVIRT_LOG_OUTPUTS")
+_CAP_SYS_RESOURCE = 24  # linux/capability.h
 # remedies for what libvirt and QEMU say, by a part of the message
 _REMEDIES = (
     (
@@ -33,6 +36,11 @@ _REMEDIES = (
     (
         r"does not describe a compatible supported platform",
         "the file has not the guest's platform: choose another file",
+    ),
+    (
+        r"cannot limit locked memory",
+        "libvirt may not lift the limit on locked memory here: give it the capability "
+        "CAP_SYS_RESOURCE, or prepare the domain with --no-lock-memory",
     ),
     (
         r"failed to register region .*Cannot allocate memory",
@@ -104,6 +112,22 @@ class Connection:
         """Whether guests belong to the system, not to the user who runs this."""
         return urlsplit(self.uri).path == "/system"
 
+    @property
+    def may_lock_memory(self) -> bool:
+        """Whether libvirt can lift the limit on the memory that a guest locks.
+
+        The system's daemon can.  The driver of a user, or in this process, can where the limit is
+        none, or with CAP_SYS_RESOURCE (setrlimit(2)); elsewhere `<locked/>` stops every start,
+        while without it a guest starts that fits into the limit.
+        """
+        if self.is_remote or self.is_system:
+            return True
+        if resource.getrlimit(resource.RLIMIT_MEMLOCK)[1] == resource.RLIM_INFINITY:
+            return True
+        with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+            effective = next(line for line in status if line.startswith("CapEff:"))
+        return bool(int(effective.split()[1], 16) >> _CAP_SYS_RESOURCE & 1)
+
     def capabilities(
         self, *, emulator: str | None, machine: str | None, kind: str | None
     ) -> Capabilities:
@@ -151,11 +175,10 @@ def connect(uri: str | None = None) -> Iterator[Connection]:
     wanted = uri or default or None
     root = embedded.root_of(wanted) if wanted else None
     if root is not None:
-        log = embedded.prepare(root)
-        if not any(os.environ.get(name) for name in _LOG_VARIABLES):
-            # without a daemon libvirt logs to stderr; read when the library is loaded
-            os.environ["LIBVIRT_LOG_OUTPUTS"] = f"3:file:{log}"
-    libvirt = _library()
+        with _logging_to(embedded.prepare(root)):
+            libvirt = _library()
+    else:
+        libvirt = _library()
     with contextlib.ExitStack() as stack:
         if root is not None:
             libvirt.virEventRegisterDefaultImpl()
@@ -166,6 +189,22 @@ def connect(uri: str | None = None) -> Iterator[Connection]:
             native = libvirt.open(wanted)
         stack.callback(_close, native)
         yield Connection(native)
+
+
+@contextlib.contextmanager
+def _logging_to(log: Path) -> Iterator[None]:
+    """Have libvirt log to a file: without a daemon it would to stderr.
+
+    It reads the variable once, as the library is loaded.
+    """
+    if any(os.environ.get(name) for name in _LOG_VARIABLES):
+        yield
+        return
+    os.environ["LIBVIRT_LOG_OUTPUTS"] = f"3:file:{log}"
+    try:
+        yield
+    finally:
+        del os.environ["LIBVIRT_LOG_OUTPUTS"]
 
 
 @contextlib.contextmanager
@@ -189,7 +228,7 @@ def translated(where: str = "libvirt") -> Iterator[None]:
 def _library() -> Any:
     try:
         import libvirt
-    except ImportError as error:
+    except (ImportError, SystemError) as error:  # SystemError: libvirt itself did not initialize
         raise LibvirtError(
             f"libvirt-python cannot be loaded: {error}",
             hint="install python3-libvirt (Debian, Ubuntu, Fedora, openSUSE), or igvmfw[libvirt] "

@@ -1,0 +1,132 @@
+"""SEV and SEV-ES guests from an IGVM file: real libvirt, real QEMU, a stand-in for the host."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from igvmfw.errors import LibvirtError
+from igvmfw.igvm.image import IgvmFile
+from igvmfw.igvm.measure import launch_digest
+from igvmfw.launch import create
+from igvmfw.platforms import Platform
+from igvmfw.rewrite import rewrite
+from igvmfw.select import Choice
+from igvmfw.virt.domain import Domain
+from igvmfw.virt.host import connect
+from igvmfw.virt.record import Record
+from tests.system.guests import domain, igvmfw, wrap
+from tests.testbed.standin import SevEmulator
+
+INCOMPATIBLE = "IGVM file does not describe a compatible supported platform"
+
+
+@pytest.fixture
+def uri(embed_root: Path) -> str:
+    pytest.importorskip("libvirt")
+    return f"qemu:///embed?root={embed_root}"
+
+
+def security(policy: str | None) -> str:
+    stated = "" if policy is None else f"<policy>{policy}</policy>"
+    return f"<launchSecurity type='sev'>{stated}</launchSecurity>"
+
+
+@pytest.mark.parametrize(
+    ("platform", "policy", "vcpus", "expected"),
+    [
+        (Platform.SEV, "0x1", 1, 0x1),
+        (Platform.SEV, "0x1", 2, 0x1),
+        (Platform.SEV_ES, "0x5", 2, 0x5),
+        # no policy: virt-install's default; libvirt reads the processor's own CPUID for SEV-ES,
+        # where the stand-in cannot answer
+        (Platform.SEV, None, 2, 0x3),
+    ],
+)
+def test_a_guest_starts_and_is_measured_as_expected(
+    uri: str,
+    embed_root: Path,
+    sev_emulator: SevEmulator,
+    ovmf: Path,
+    tmp_path: Path,
+    platform: Platform,
+    policy: str | None,
+    vcpus: int,
+    expected: int,
+) -> None:
+    words = ("--platform", "sev", "--platform", "sev-es", "--vcpus", "2")
+    file = wrap(ovmf, tmp_path / "ovmf, sev.igvm", *words)
+    xml = tmp_path / "guest.xml"
+    xml.write_text(domain(sev_emulator.path, file, vcpus=vcpus, security=security(policy)))
+    defined = igvmfw("define", "-c", uri, "--validate", xml)
+    assert defined.code == 0, defined.err
+    started = igvmfw("start", "-c", uri, "--paused", "guest")
+    assert started.code == 0, started.err
+
+    record = sev_emulator.wait_for("measure")
+    assert record.policy == expected
+    kept = Record.find(Domain.parse((embed_root / "etc/qemu/guest.xml").read_bytes()))
+    assert kept is not None
+    assert kept.file is not None
+    assert kept.file.platform is platform
+    # what the metadata promises, what the file says, and what was launched are one
+    assert record.digest is not None
+    assert kept.file.measurement == record.digest.hex()
+    image = IgvmFile.parse(file.read_bytes())
+    assert launch_digest(image, platform, vcpus=vcpus) == record.digest
+    assert len(record.vcpus) == (vcpus if platform is Platform.SEV_ES else 0)
+
+
+def test_a_file_without_the_platform_is_refused_before_libvirt_and_by_qemu(
+    uri: str, embed_root: Path, sev_emulator: SevEmulator, ovmf: Path, tmp_path: Path
+) -> None:
+    file = wrap(ovmf, tmp_path / "snp.igvm", "--platform", "sev-snp")
+    xml = tmp_path / "guest.xml"
+    xml.write_text(domain(sev_emulator.path, file, security=security("0x1")))
+    for command in ("define", "create"):
+        refused = igvmfw(command, "-c", uri, xml)
+        assert (refused.code, refused.out) == (1, "")
+        assert f"{file}: the guest needs sev, the file is for sev-snp" in refused.err
+    assert not list((embed_root / "etc" / "qemu").glob("*.xml"))
+    assert not (embed_root / "log" / "qemu" / "guest.log").exists()
+
+    # had igvmfw let it pass, QEMU would not have
+    choice = Choice(path=str(file), sha256="0" * 64, platform=Platform.SEV, policy=1)
+    forced = rewrite(Domain.parse(xml.read_bytes()), choice, lock_memory=False).domain
+    with connect(uri) as connection, pytest.raises(LibvirtError) as caught:
+        create(connection, forced)
+    assert INCOMPATIBLE in str(caught.value)
+    assert "choose another file" in str(caught.value)
+
+
+def test_a_sev_es_policy_needs_a_sev_es_file(
+    uri: str, sev_emulator: SevEmulator, ovmf: Path, tmp_path: Path
+) -> None:
+    file = wrap(ovmf, tmp_path / "sev.igvm", "--platform", "sev")
+    xml = tmp_path / "guest.xml"
+    xml.write_text(domain(sev_emulator.path, file, security=security("0x5")))
+    refused = igvmfw("define", "-c", uri, xml)
+    assert refused.code == 1
+    assert "needs sev-es, the file is for sev" in refused.err
+    # without a policy the guest gets what both host and file have
+    xml.write_text(domain(sev_emulator.path, file, security=security(None)))
+    printed = igvmfw("define", "-c", uri, "--print-xml", xml)
+    assert "<policy>0x0003</policy>" in printed.out
+
+
+def test_virsh_sees_an_ordinary_domain(
+    uri: str, sev_emulator: SevEmulator, ovmf: Path, tmp_path: Path
+) -> None:
+    file = wrap(ovmf, tmp_path / "sev.igvm", "--platform", "sev")
+    xml = tmp_path / "guest.xml"
+    xml.write_text(domain(sev_emulator.path, file, security=security("0x1")))
+    assert igvmfw("define", "-c", uri, xml).code == 0
+    virsh = subprocess.run(
+        ["virsh", "-q", "-c", uri, "start", "--paused", "guest"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert virsh.returncode == 0, virsh.stderr
+    assert sev_emulator.wait_for("measure").policy == 1
