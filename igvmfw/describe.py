@@ -30,6 +30,7 @@ from igvmfw.qemu.schema import Profile, known_features, known_interfaces
 ARCHITECTURE = "x86_64"
 MACHINE_FAMILIES = ("pc-q35-", "pc-i440fx-")
 UEFI = "uefi"
+UNTAKEN = (Platform.TDX,)  # up to QEMU 11.0
 
 # COCONUT-SVSM keeps its state on one raw virtio-mmio disk; its documentation makes 8 MiB
 # (Documentation/docs/installation/INSTALL.md)
@@ -171,7 +172,9 @@ def _features(
     found: dict[str, str] = {}
     for platform in image.supported:
         if platform in PLATFORM_FEATURES:
-            found[PLATFORM_FEATURES[platform]] = f"the file has the platform {platform}"
+            untaken = " (which QEMU takes from no IGVM file yet)" if platform in UNTAKEN else ""
+            why = f"the file has the platform {platform}{untaken}"
+            found[PLATFORM_FEATURES[platform]] = why
     if _all_have_vtpm(payloads):
         why = f"{payloads[0].svsm} in the file was built with its vTPM"
         if profile is Profile.IGVMFW:

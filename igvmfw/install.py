@@ -14,9 +14,10 @@ an old one the descriptors go into igvmfw's own directories, which only igvmfw r
 
 import contextlib
 import fcntl
+import glob
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -33,7 +34,7 @@ VENDOR_PRIORITY = 70
 LOCK = ".igvmfw.lock"
 
 # libvirt's library carries the release in its file name: 9.0.0 is libvirt.so.0.9000.0
-_LIBRARIES = ("usr/lib*", "usr/lib/*-linux-gnu*", "usr/local/lib*", "lib*")
+_LIBRARIES = ("usr/lib*", "usr/lib/*-linux-gnu*", "usr/local/lib*", "lib*", "lib/*-linux-gnu*")
 _LIBRARY_NAME = re.compile(r"libvirt\.so\.0\.(\d{1,3}?)(\d{3})\.(\d{1,3})")
 
 
@@ -105,8 +106,8 @@ def find_libvirt(root: Path) -> tuple[int, int, int] | None:
     """The newest libvirt installed in a root, by its library's name; None where there is none."""
     versions = []
     for pattern in _LIBRARIES:
-        for path in root.glob(f"{pattern}/libvirt.so.0.*"):
-            if found := _LIBRARY_NAME.fullmatch(path.name):
+        for path in glob.iglob(f"{pattern}/libvirt.so.0.*", root_dir=root):
+            if found := _LIBRARY_NAME.fullmatch(os.path.basename(path)):
                 major, minor, micro = (int(part) for part in found.groups())
                 versions.append((major, minor, micro))
     return max(versions, default=None)
@@ -139,7 +140,7 @@ def choose_place(level: Level, *, root: Path = rooted.HOST, into: Into = Into.AU
     return Place(
         directory=root / base / subdirectory,
         root=root,
-        search_path=catalog.search_path(root, user=level is Level.USER),
+        search_path=catalog.search_path(root, user=True),
         note=note,
     )
 
@@ -193,14 +194,21 @@ def plan_install(
                 hint="choose another --name, or uninstall that one first",
             )
     for directory in place.less_specific:
-        if _exists(directory / name, place.root):
+        if _is_of_another(directory / name, place.root, descriptor):
             raise RefusedError(
-                f"{path} would override this descriptor",
+                f"{path} would override this descriptor of other firmware",
                 where=str(directory / name),
                 hint="choose another --name or --priority",
             )
     reason = "replaces what igvmfw wrote before" if old else "new"
     return Action(kind=Kind.WRITE, path=path, reason=reason, data=new.write())
+
+
+def overriding(place: Place, name: str) -> tuple[Path, ...]:
+    """The files of more specific directories that would override a descriptor of that name."""
+    more_specific = place.search_path[: place.search_path.index(place.directory)]
+    paths = (directory / name for directory in more_specific)
+    return tuple(path for path in paths if _exists(path, place.root))
 
 
 def plan_uninstall(place: Place, path: Path) -> Action:
@@ -217,6 +225,15 @@ def plan_uninstall(place: Place, path: Path) -> Action:
     if reason := _not_ours(old[1]):
         return Action(kind=Kind.KEEP, path=path, reason=reason)
     return Action(kind=Kind.REMOVE, path=path, reason="written by igvmfw")
+
+
+def _is_of_another(path: Path, root: Path, descriptor: Descriptor) -> bool:
+    """Whether a file describes other firmware, or nobody can tell."""
+    old = _existing(path, root)
+    if old is None or not old[0]:  # an empty file is nothing that could be overridden
+        return False
+    theirs = old[1]
+    return theirs is None or theirs.mapping.filename != descriptor.mapping.filename
 
 
 def _exists(path: Path, root: Path) -> bool:
@@ -268,7 +285,7 @@ def locked(place: Place, *, create: bool) -> Iterator[None]:
         OutputError: The directory cannot be made or written.
     """
     directory = rooted.resolve(place.root, place.directory.relative_to(place.root))
-    if not create and not directory.is_dir():
+    if not create and not os.path.isdir(directory):
         yield
         return
     try:
@@ -306,7 +323,7 @@ def _acquire(lock: Path) -> int:
 
 
 def _make_directories(directory: Path) -> None:
-    missing = [p for p in (directory, *directory.parents) if not p.is_dir()]
+    missing = [path for path in (directory, *directory.parents) if not os.path.isdir(path)]
     for path in reversed(missing):
         with contextlib.suppress(FileExistsError):
             path.mkdir()
@@ -359,35 +376,25 @@ def find_installed(place: Place, word: str) -> tuple[Path, ...]:
         InputError: Nothing is meant by it.
     """
     found = catalog.load([place.directory], place.root)
-    if "/" in word:
+    inner = None
+    with contextlib.suppress(InputError):
         inner = rooted.inner(place.root, word)
-        paths = [
-            entry.path
-            for entry in found.entries
-            if rooted.inner(place.root, entry.path) == inner
-            or (entry.descriptor is not None and entry.descriptor.mapping.filename == inner)
-        ]
-    else:
-        paths = [entry.path for entry in found.entries if _is_named(entry.name, word)]
+    paths = tuple(
+        entry.path
+        for entry in found.entries
+        if _is_named(entry.name, word)
+        or inner == rooted.inner(place.root, entry.path)
+        or (entry.descriptor is not None and entry.descriptor.mapping.filename == inner)
+    )
     if not paths:
         raise InputError(
             f"no descriptor in {place.directory} is named so, or describes such a file",
             where=word,
             hint="'igvmfw list --all' shows all there are",
         )
-    return tuple(paths)
+    return paths
 
 
 def _is_named(name: str, word: str) -> bool:
     stem = name.removesuffix(catalog.SUFFIX)
     return word in (name, stem, re.sub(r"^\d\d-", "", stem))
-
-
-def summary(actions: Sequence[Action]) -> str:
-    """How many files were written, removed, kept and left, for people."""
-    words = {Kind.WRITE: "written", Kind.REMOVE: "removed", Kind.KEEP: "kept"}
-    words[Kind.UNCHANGED] = "unchanged"
-    counts = {kind: sum(action.kind is kind for action in actions) for kind in Kind}
-    return ", ".join(f"{count} {words[kind]}" for kind, count in counts.items() if count) or (
-        "nothing to do"
-    )

@@ -7,12 +7,12 @@ beside the emulator it builds, as PREFIX/share/igvmfw/firmware.json.
 
 import functools
 import hashlib
-import os
 import subprocess
 import tempfile
 from pathlib import Path
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "igvmfw"
+from tests.testbed.cache import CACHE, printed
+
 _LIBVIRT_PARTS = (
     "*/tests/qemufirmwaredata",
     "*/tests/qemufirmwaretest.c",
@@ -21,11 +21,9 @@ _LIBVIRT_PARTS = (
 
 
 def qemu_interop() -> Path | None:
-    """firmware.json of QEMU, where the test bed has built one."""
-    stated = os.environ.get("IGVMFW_FIRMWARE_JSON")
-    candidates = [Path(stated)] if stated else []
-    candidates += sorted(CACHE.glob("*/share/igvmfw/firmware.json"))
-    return next((path for path in candidates if path.is_file()), None)
+    """docs/interop/firmware.json of the QEMU that the test bed builds, where it is built."""
+    path = printed("build-qemu.sh").parents[1] / "share/igvmfw/firmware.json"
+    return path if path.is_file() else None
 
 
 @functools.cache

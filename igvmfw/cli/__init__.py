@@ -39,12 +39,18 @@ COMMANDS = {
     "validate": _Listed("igvmfw.cli.firmware", "check firmware descriptors against the schema"),
     "install": _Listed("igvmfw.cli.firmware", "install descriptors of IGVM files"),
     "uninstall": _Listed("igvmfw.cli.firmware", "remove installed descriptors"),
-    "list": _Listed("igvmfw.cli.firmware", "list the available IGVM firmware"),
+    "refresh": _Listed(
+        "igvmfw.cli.firmware", "bring vendor descriptors in line with the IGVM files present"
+    ),
+    "list": _Listed("igvmfw.cli.listing", "list the available IGVM firmware"),
     "rewrite": _Listed("igvmfw.cli.domain", "turn a domain XML that asks for IGVM into libvirt's"),
     "restore": _Listed("igvmfw.cli.domain", "give a rewritten domain XML its request back"),
     "define": _Listed("igvmfw.cli.domain", "define a domain from XML, as virsh define"),
     "create": _Listed("igvmfw.cli.domain", "start a transient domain from XML, as virsh create"),
     "start": _Listed("igvmfw.cli.domain", "start a defined domain, as virsh start"),
+    "edit": _Listed("igvmfw.cli.domain", "edit a defined domain's request, as virsh edit"),
+    "dumpxml": _Listed("igvmfw.cli.domain", "print a domain with its request, as virsh dumpxml"),
+    "undefine": _Listed("igvmfw.cli.domain", "remove a domain's definition, as virsh undefine"),
 }
 
 

@@ -375,5 +375,5 @@ class Descriptor:
         }
 
     def write(self) -> bytes:
-        """The descriptor file's content."""
-        return (json.dumps(self.to_dict(), indent=4, ensure_ascii=False) + "\n").encode()
+        """The descriptor file's content, in ASCII, so that no terminal or locale changes it."""
+        return (json.dumps(self.to_dict(), indent=4) + "\n").encode()

@@ -1,0 +1,248 @@
+"""The command `list`: which IGVM firmware there is, in order of choice."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from igvmfw import files, rooted
+from igvmfw.cli import Command
+from igvmfw.cli.firmware import root_option
+from igvmfw.cli.output import emit, emit_json, warn
+from igvmfw.errors import DomainError, IgvmfwError, NegativeError, UsageError
+from igvmfw.install import FIRST_TOLERANT_LIBVIRT, find_libvirt
+from igvmfw.inventory import Row, take
+from igvmfw.platforms import Platform
+from igvmfw.qemu.catalog import QEMU_DIRECTORY, Catalog, State, load, search_path
+from igvmfw.report import payload_dict, payload_text
+
+if TYPE_CHECKING:  # lxml is for --for alone
+    from igvmfw.select import Candidate
+    from igvmfw.verdict import Verdict
+    from igvmfw.virt.domain import Domain, Request
+
+_HEADINGS = ("NAME", "PLATFORMS", "FEATURES", "PAYLOAD", "FILE", "STATE")
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--platform",
+        type=_platform,
+        metavar="P",
+        help="only for this platform: native, sev, sev-es, sev-snp or tdx",
+    )
+    parser.add_argument(
+        "--feature",
+        action="append",
+        default=[],
+        metavar="F",
+        help="only with this feature; may be repeated",
+    )
+    parser.add_argument(
+        "--for",
+        dest="domain",
+        metavar="DOMAIN.xml",
+        help="which one this domain would get, and why not each other one; - is standard input",
+    )
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="also shadowed, masked and broken ones, and those of other firmware",
+    )
+    whose = parser.add_mutually_exclusive_group()
+    whose.add_argument(
+        "--user",
+        action="store_true",
+        default=os.geteuid() != 0,
+        help="with the user's own, as libvirt's session daemon (default unless root)",
+    )
+    whose.add_argument(
+        "--system",
+        dest="user",
+        action="store_false",
+        help="without them, as libvirt's system daemon (default for root)",
+    )
+    root_option(parser)
+    parser.add_argument("--json", action="store_true", help="one JSON document")
+
+
+def _platform(text: str) -> Platform:
+    try:
+        return Platform(text)
+    except ValueError:
+        known = ", ".join(Platform)
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {known}") from None
+
+
+def _list(args: argparse.Namespace) -> int:
+    if args.domain is not None:
+        return _list_for_domain(args)
+    found = load(search_path(args.root, user=args.user), args.root)
+    _warn(found, args)
+    rows = take(found, args.root)
+    shown = [row for row in rows if _is_shown(row, args)]
+    if args.json:
+        emit_json(_document(shown, found))
+    elif shown:
+        _print_table([_HEADINGS, *(_cells(row) for row in shown)])
+        for row in shown:
+            if row.problem is not None:
+                warn(row.problem)
+    else:
+        warn("no IGVM firmware found; 'igvmfw install FILE' adds some")
+    return 0 if shown else 1
+
+
+def _warn(found: Catalog, args: argparse.Namespace) -> None:
+    for problem in found.problems:
+        warn(str(problem))
+    for entry in found.entries:
+        if entry.state is State.BROKEN:
+            warn(str(entry.error))
+    libvirt = find_libvirt(args.root)
+    if libvirt is None or libvirt >= FIRST_TOLERANT_LIBVIRT:
+        return
+    for entry in found.available:
+        if str(entry.path.parent).endswith(QEMU_DIRECTORY):
+            warn(
+                f"{entry.path}: libvirt {'.'.join(map(str, libvirt))} finds no firmware at all "
+                "for its domains while this is there: 'igvmfw install' knows a better place"
+            )
+
+
+def _is_shown(row: Row, args: argparse.Namespace) -> bool:
+    if not args.all and row.entry.state is not State.AVAILABLE:
+        return False
+    if args.platform is not None and args.platform not in row.platforms:
+        return False
+    descriptor = row.entry.descriptor
+    features = descriptor.features if descriptor is not None else ()
+    return all(feature in features for feature in args.feature)
+
+
+def _state(row: Row) -> str:
+    if row.entry.state is State.AVAILABLE and row.state is not None:
+        return row.state.value
+    return row.entry.state.value
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    descriptor = row.entry.descriptor
+    if descriptor is None:
+        return (row.entry.name, "-", "-", "-", str(row.entry.path), _state(row))
+    return (
+        row.entry.name,
+        ",".join(row.platforms) or "-",
+        ",".join(descriptor.features) or "-",
+        payload_text(row.payload) if row.payload is not None else "-",
+        descriptor.mapping.filename,
+        _state(row),
+    )
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Columns as wide as their widest cell, for people and for grep."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        emit("  ".join(cells).rstrip())
+
+
+def _document(rows: Sequence[Row], found: Catalog) -> dict[str, Any]:
+    return {
+        "firmware": [_row_dict(row) for row in rows],
+        "problems": [str(problem) for problem in found.problems],
+    }
+
+
+def _row_dict(row: Row) -> dict[str, Any]:
+    entry = row.entry
+    descriptor = entry.descriptor
+    return {
+        "name": entry.name,
+        "path": str(entry.path),
+        "state": entry.state.value,
+        "overridden_by": None if entry.overridden_by is None else str(entry.overridden_by),
+        "error": None if entry.error is None else str(entry.error),
+        "file_state": None if row.state is None else row.state.value,
+        "file_problem": row.problem,
+        "platforms": [platform.value for platform in row.platforms],
+        "payload": None if row.payload is None else payload_dict(row.payload),
+        "descriptor": None if descriptor is None else descriptor.to_dict(),
+    }
+
+
+def _list_for_domain(args: argparse.Namespace) -> int:
+    from igvmfw.rewrite import request_of
+    from igvmfw.verdict import judge
+    from igvmfw.virt.document import MAX_BYTES
+    from igvmfw.virt.domain import Domain
+
+    if args.platform is not None or args.feature:
+        raise UsageError("--for takes platform and features from the domain")
+    try:
+        domain = Domain.parse(files.read_text(args.domain, limit=MAX_BYTES))
+        request = request_of(domain)
+    except DomainError as error:
+        raise error.within(args.domain) from None
+    if request is None:
+        raise NegativeError(
+            "the domain asks for no IGVM firmware",
+            where=args.domain,
+            hint="<os firmware='igvm'> or <loader type='igvm'> would",
+        )
+    found = load(search_path(args.root, user=args.user), args.root)
+    judgement = judge(request, found.entries)
+    _warn(found, args)
+    problem = _file_problem(judgement.candidate, request, domain, args)
+    shown = [
+        (row, verdict)
+        for row, verdict in zip(take(found, args.root), judgement.verdicts, strict=True)
+        if args.all or row.entry.state in (State.AVAILABLE, State.BROKEN)
+    ]
+    if args.json:
+        document = _document([row for row, _ in shown], found)
+        for described, (_, verdict) in zip(document["firmware"], shown, strict=True):
+            described |= {"chosen": verdict.chosen, "reasons": list(verdict.reasons)}
+        emit_json(document | {"file": _path(judgement.candidate), "file_problem": problem})
+    else:
+        for _, verdict in shown:
+            emit(_verdict_line(verdict))
+        if judgement.candidate is not None and request.path is not None:
+            emit(f"* {request.path}: named by the domain")
+    if problem is not None:
+        warn(problem)
+    return 1 if judgement.candidate is None or problem is not None else 0
+
+
+def _file_problem(
+    candidate: "Candidate | None", request: "Request", domain: "Domain", args: argparse.Namespace
+) -> str | None:
+    """Why the chosen file would be refused, as `define` would."""
+    from igvmfw.launch import read
+
+    if candidate is None:
+        return "no descriptor matches"
+    try:
+        path = candidate.path
+        if candidate.descriptor is not None:
+            path = str(rooted.resolve(args.root, path))
+        read(replace(candidate, path=path), request, domain)
+    except IgvmfwError as error:
+        return str(error)
+    return None
+
+
+def _path(candidate: "Candidate | None") -> str | None:
+    return None if candidate is None else candidate.path
+
+
+def _verdict_line(verdict: "Verdict") -> str:
+    descriptor = verdict.entry.descriptor
+    if verdict.chosen and descriptor is not None:
+        return f"* {verdict.entry.name}: chosen, {descriptor.mapping.filename}"
+    return f"  {verdict.entry.name}: {'; '.join(verdict.reasons)}"
+
+
+COMMANDS = {"list": Command(_arguments, _list)}

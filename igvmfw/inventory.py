@@ -1,0 +1,172 @@
+"""The descriptors of a host together with the IGVM files they name, as those are now.
+
+Files are opened and read here; a file that cannot be read becomes a state, never an exception.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from igvmfw import files, rooted
+from igvmfw.describe import Description, Stated, describe
+from igvmfw.errors import IgvmfwError, InputError
+from igvmfw.igvm.image import IgvmFile
+from igvmfw.igvm.payload import Payload, identify
+from igvmfw.platforms import Platform
+from igvmfw.provenance import FileIdentity, described_file
+from igvmfw.qemu.catalog import Catalog, Entry
+from igvmfw.qemu.descriptor import PLATFORM_FEATURES, Descriptor, Device
+from igvmfw.qemu.schema import Profile
+
+
+class FileState(StrEnum):
+    """What became of the file that a descriptor names."""
+
+    PRESENT = "present"
+    MISSING = "missing"
+    UNREADABLE = "unreadable"
+    DAMAGED = "damaged"
+    CHANGED = "changed"  # not the one that was described
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A descriptor file and its IGVM file.
+
+    Attributes:
+        entry: The descriptor file.
+        state: What became of the IGVM file; None where the descriptor names none.
+        problem: What is wrong with it, for people.
+        platforms: What a guest can take from it: by the file, or by the descriptor where the file
+            cannot tell.
+        payload: What it carries on its first platform.
+    """
+
+    entry: Entry
+    state: FileState | None = None
+    problem: str | None = None
+    platforms: tuple[Platform, ...] = ()
+    payload: Payload | None = None
+
+
+def take(found: Catalog, root: Path = rooted.HOST) -> tuple[Row, ...]:
+    """Look at the file of every descriptor.
+
+    Args:
+        found: The catalogue, whose order is kept.
+        root: The root directory that descriptors' paths are seen in.
+    """
+    return tuple(_row(entry, root) for entry in found.entries)
+
+
+def _row(entry: Entry, root: Path) -> Row:
+    descriptor = entry.descriptor
+    if descriptor is None or descriptor.mapping.device is not Device.IGVM:
+        return Row(entry=entry)
+    told = platforms_told(descriptor)
+    name = descriptor.mapping.filename
+    if not name.startswith("/"):
+        problem = f"{name} is no absolute path: nobody can find the file"
+        return Row(entry=entry, state=FileState.MISSING, problem=problem, platforms=told)
+    try:
+        path = rooted.resolve(root, name)
+        info = os.stat(path)
+        with files.mapped(path) as data:
+            return _look(entry, descriptor, data, info)
+    except FileNotFoundError:
+        problem = f"{name} does not exist"
+        return Row(entry=entry, state=FileState.MISSING, problem=problem, platforms=told)
+    except OSError as error:
+        problem = f"{name}: {error.strerror}"
+    except InputError as error:
+        problem = f"{name}: {error.message}"
+    return Row(entry=entry, state=FileState.UNREADABLE, problem=problem, platforms=told)
+
+
+def _look(entry: Entry, descriptor: Descriptor, data: memoryview, info: os.stat_result) -> Row:
+    name = descriptor.mapping.filename
+    try:
+        image = IgvmFile.parse(data)
+        payload = identify(image)
+        platforms = image.supported
+    except IgvmfwError as error:
+        problem = f"{name}: {error}"
+        told = platforms_told(descriptor)
+        return Row(entry=entry, state=FileState.DAMAGED, problem=problem, platforms=told)
+    changed = _is_changed(described_file(descriptor), data, info)
+    return Row(
+        entry=entry,
+        state=FileState.CHANGED if changed else FileState.PRESENT,
+        problem=f"{name} is not the file that was described" if changed else None,
+        platforms=platforms,
+        payload=payload,
+    )
+
+
+def _is_changed(described: FileIdentity | None, data: memoryview, info: os.stat_result) -> bool:
+    if described is None or described.looks_like(info):
+        return False
+    # the digest last: it costs reading the whole file
+    return described.size != data.nbytes or described.sha256 != FileIdentity.of(data).sha256
+
+
+def platforms_told(descriptor: Descriptor) -> tuple[Platform, ...]:
+    """The platforms that a descriptor's features name."""
+    return tuple(
+        platform
+        for platform, feature in PLATFORM_FEATURES.items()
+        if feature in descriptor.features
+    )
+
+
+def describe_file(
+    path: str,
+    *,
+    root: Path = rooted.HOST,
+    profile: Profile = Profile.IGVMFW,
+    stated: Stated | None = None,
+    note_time: bool = False,
+    tags: Sequence[str] = (),
+) -> Description:
+    """Read an IGVM file and describe it.
+
+    Args:
+        path: The file, as the host names it; below `root`.
+        root: The root directory whose guests use it: the descriptor has the path seen in there.
+        profile: What the descriptor may hold.
+        stated: What the caller adds.
+        note_time: Note the file's time too, so that a change is seen without reading the file.
+        tags: Tags for the descriptor, before the one that says which file was described.
+    Raises:
+        InputError: The file is missing, unreadable, damaged, or not below `root`.
+        RefusedError, UsageError: As `describe`.
+    """
+    inner = rooted.inner(root, path)
+    try:
+        inner.encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            "the file's name is not UTF-8", where=path, hint="a descriptor is: rename the file"
+        ) from None
+    real = rooted.resolve(root, inner)
+    try:
+        info = os.stat(real)  # before reading: a change meanwhile shows in the time
+    except OSError:
+        info = None  # opening it gives the better error
+    try:
+        with files.mapped(real) as data:
+            image = IgvmFile.parse(data)
+            payloads = [identify(image, platform) for platform in image.supported]
+            identity = FileIdentity.of(data, info if note_time else None)
+            return describe(
+                image,
+                payloads,
+                filename=inner,
+                profile=profile,
+                stated=stated,
+                tags=(*tags, identity.tag()),
+            )
+    except IgvmfwError as error:
+        raise error if (error.where or "").startswith(path) else error.within(path) from None

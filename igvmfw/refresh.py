@@ -1,0 +1,276 @@
+"""Keeping vendor descriptors in line with the IGVM files that packages install.
+
+What packaging triggers call: a new file gets a descriptor, a changed one a new one, and when a file
+is gone its descriptor goes.  A file whose size and time are those of its descriptor is not opened.
+"""
+
+import contextlib
+import hashlib
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from igvmfw import rooted
+from igvmfw.errors import IgvmfwError, InputError
+from igvmfw.install import (
+    VENDOR_PRIORITY,
+    Action,
+    Kind,
+    Place,
+    carry_out,
+    file_name,
+    locked,
+)
+from igvmfw.inventory import describe_file
+from igvmfw.provenance import Writer, described_file, find_writer, is_untouched, sealed
+from igvmfw.qemu import catalog
+from igvmfw.qemu.catalog import Entry
+from igvmfw.qemu.descriptor import Descriptor
+from igvmfw.qemu.schema import Profile
+
+# where distributions put IGVM files
+VENDOR_DATA = ("coconut-svsm", "edk2", "OVMF", "ovmf", "qemu", "igvm")
+SUFFIX = ".igvm"
+_MAX_DEPTH = 4  # directories below a vendor directory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refreshed:
+    """What a refresh did.
+
+    Attributes:
+        actions: One for each descriptor file concerned.
+        problems: Files that could not be described; the others were.
+    """
+
+    actions: tuple[Action, ...]
+    problems: tuple[IgvmfwError, ...]
+
+
+@dataclass(slots=True, kw_only=True)
+class _Plan:
+    place: Place
+    profile: Profile
+    everything: bool
+    entries: dict[str, Entry]  # by IGVM file
+    names: set[str]  # file names in use in the place
+    actions: list[Action] = field(default_factory=list)
+    problems: list[IgvmfwError] = field(default_factory=list)
+
+
+def vendor_directories(root: Path = rooted.HOST) -> tuple[Path, ...]:
+    """The directories that packages install IGVM files into."""
+    return tuple(root / catalog.VENDOR_BASE / name for name in VENDOR_DATA)
+
+
+def refresh(
+    place: Place,
+    directories: Sequence[Path],
+    *,
+    profile: Profile = Profile.IGVMFW,
+    everything: bool = False,
+    dry_run: bool = False,
+) -> Refreshed:
+    """Bring the descriptors of a directory in line with the IGVM files of others.
+
+    Args:
+        place: Where the descriptors go; other directories of the same level give up theirs.
+        directories: Where to look for files named *.igvm, as the host names them.
+        profile: What the descriptors may hold.
+        everything: Read every file, also one that looks unchanged.
+        dry_run: Only say what would be done.
+    Raises:
+        OutputError: The place cannot be written.
+        InputError: A directory is not below the root.
+    """
+    found, problems = _find_files(place.root, directories)
+    if dry_run:
+        plan = _plan(place, found, directories, profile=profile, everything=everything)
+    else:
+        others = _same_level(place)
+        with contextlib.ExitStack() as stack:
+            for other in others:
+                stack.enter_context(locked(other, create=False))
+            stack.enter_context(locked(place, create=bool(found)))
+            plan = _plan(place, found, directories, profile=profile, everything=everything)
+            carry_out(place, plan.actions)
+    return Refreshed(actions=tuple(plan.actions), problems=(*problems, *plan.problems))
+
+
+def _same_level(place: Place) -> tuple[Place, ...]:
+    """The same level's directory of the other program."""
+    base = place.directory.parents[1]
+    both = (base / catalog.QEMU_DIRECTORY, base / catalog.OWN_DIRECTORY)
+    return tuple(replace(place, directory=d) for d in both if d != place.directory)
+
+
+def _find_files(
+    root: Path, directories: Sequence[Path]
+) -> tuple[dict[str, os.stat_result], list[IgvmfwError]]:
+    """The IGVM files below directories, by the path seen inside the root."""
+    found: dict[str, os.stat_result] = {}
+    problems: list[IgvmfwError] = []
+    for directory in directories:
+        inner = rooted.inner(root, directory)
+        for path in sorted(_walk(rooted.resolve(root, inner), inner, problems)):
+            try:
+                info = os.stat(rooted.resolve(root, path))
+            except FileNotFoundError:
+                continue  # a link to nothing; the file it meant is gone
+            except OSError as error:
+                problems.append(InputError(f"cannot read: {error.strerror}", where=path))
+                continue
+            except InputError as error:
+                problems.append(error)
+                continue
+            if stat.S_ISREG(info.st_mode):
+                found[path] = info
+    return _without_aliases(root, found), problems
+
+
+def _walk(real: Path, inner: str, problems: list[IgvmfwError], depth: int = 0) -> Iterator[str]:
+    try:
+        with os.scandir(real) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                below = f"{inner.rstrip('/')}/{entry.name}"
+                if entry.is_dir(follow_symlinks=False):
+                    if depth < _MAX_DEPTH:
+                        yield from _walk(real / entry.name, below, problems, depth + 1)
+                elif entry.name.endswith(SUFFIX):
+                    yield below
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        problems.append(InputError(f"cannot read: {error.strerror}", where=inner))
+
+
+def _without_aliases(root: Path, found: dict[str, os.stat_result]) -> dict[str, os.stat_result]:
+    """The files without the links that mean another one of them."""
+    plain = {path: info for path, info in found.items() if not _is_link(root, path)}
+    known = {(info.st_dev, info.st_ino) for info in plain.values()}
+    for path, info in found.items():
+        if path not in plain and (info.st_dev, info.st_ino) not in known:
+            known.add((info.st_dev, info.st_ino))
+            plain[path] = info
+    return dict(sorted(plain.items()))
+
+
+def _is_link(root: Path, path: str) -> bool:
+    return rooted.resolve(root, path) != root / path.lstrip("/")
+
+
+def _plan(
+    place: Place,
+    found: dict[str, os.stat_result],
+    directories: Sequence[Path],
+    *,
+    profile: Profile,
+    everything: bool,
+) -> _Plan:
+    here = catalog.load([place.directory], place.root).entries
+    plan = _Plan(
+        place=place,
+        profile=profile,
+        everything=everything,
+        entries={e.descriptor.mapping.filename: e for e in here if e.descriptor is not None},
+        names={entry.name for entry in here},
+    )
+    elsewhere = catalog.load([p.directory for p in _same_level(place)], place.root).entries
+    described = {e.descriptor.mapping.filename: e for e in elsewhere if e.descriptor is not None}
+    for path, info in found.items():
+        other = described.get(path)
+        if other is not None and not _is_ours(other.descriptor):
+            reason = f"describes {path}, and is not refresh's"
+            plan.actions.append(Action(kind=Kind.UNCHANGED, path=other.path, reason=reason))
+            continue
+        _plan_file(plan, path, info)
+    inner = [rooted.inner(place.root, directory).rstrip("/") + "/" for directory in directories]
+    for entry in here:
+        _plan_gone(plan, entry, found, inner)
+    for entry in elsewhere:  # written while another place was right
+        if _is_ours(entry.descriptor):
+            reason = f"belongs into {place.directory}"
+            plan.actions.append(Action(kind=Kind.REMOVE, path=entry.path, reason=reason))
+    return plan
+
+
+def _is_ours(descriptor: Descriptor | None) -> bool:
+    return (
+        descriptor is not None
+        and find_writer(descriptor) is Writer.REFRESH
+        and is_untouched(descriptor)
+    )
+
+
+def _plan_file(plan: _Plan, path: str, info: os.stat_result) -> None:
+    entry = plan.entries.get(path)
+    if entry is not None and not _is_ours(entry.descriptor):
+        edited = entry.descriptor is not None and find_writer(entry.descriptor) is Writer.REFRESH
+        reason = "was edited since igvmfw wrote it" if edited else "is not refresh's"
+        kind = Kind.KEEP if edited else Kind.UNCHANGED
+        reason = f"describes {path}, and {reason}"
+        plan.actions.append(Action(kind=kind, path=entry.path, reason=reason))
+        return
+    if entry is not None and not plan.everything and _looks_unchanged(entry, info):
+        reason = f"{path} looks unchanged"
+        plan.actions.append(Action(kind=Kind.UNCHANGED, path=entry.path, reason=reason))
+        return
+    try:
+        host = str(plan.place.root / path.lstrip("/"))
+        described = describe_file(host, root=plan.place.root, profile=plan.profile, note_time=True)
+    except IgvmfwError as error:
+        plan.problems.append(error)
+        if entry is not None:
+            reason = f"{path} is no longer what it describes"
+            plan.actions.append(Action(kind=Kind.REMOVE, path=entry.path, reason=reason))
+        return
+    target = entry.path if entry is not None else plan.place.directory / _free_name(plan, path)
+    data = sealed(described.descriptor, Writer.REFRESH).write()
+    same = entry is not None and entry.descriptor == Descriptor.parse(data)
+    if same:
+        action = Action(kind=Kind.UNCHANGED, path=target, reason=f"{path} is unchanged")
+    else:
+        reason = f"{path} {'changed' if entry is not None else 'is new'}"
+        action = Action(kind=Kind.WRITE, path=target, reason=reason, data=data)
+    plan.actions.append(action)
+
+
+def _looks_unchanged(entry: Entry, info: os.stat_result) -> bool:
+    identity = described_file(entry.descriptor) if entry.descriptor is not None else None
+    return identity is not None and identity.looks_like(info)
+
+
+def _free_name(plan: _Plan, path: str) -> str:
+    """A file name that nobody has: from the path, with its digest where that is taken."""
+    stem = path.removeprefix(f"/{catalog.VENDOR_BASE}").strip("/").removesuffix(SUFFIX)
+    name = file_name(stem.replace("/", "-"), VENDOR_PRIORITY)
+    if name in plan.names:
+        digest = hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()
+        name = file_name(f"{stem.replace('/', '-')[-80:]}-{digest[:12]}", VENDOR_PRIORITY)
+    plan.names.add(name)
+    return name
+
+
+def _plan_gone(
+    plan: _Plan, entry: Entry, found: dict[str, os.stat_result], directories: Sequence[str]
+) -> None:
+    """Remove a descriptor of refresh's whose file was below the directories and is gone."""
+    descriptor = entry.descriptor
+    if descriptor is None or find_writer(descriptor) is not Writer.REFRESH:
+        return
+    path = descriptor.mapping.filename
+    if path in found or not any(path.startswith(directory) for directory in directories):
+        return
+    with contextlib.suppress(InputError):
+        if os.path.lexists(rooted.resolve(plan.place.root, path)):
+            return
+    if is_untouched(descriptor):
+        action = Action(kind=Kind.REMOVE, path=entry.path, reason=f"{path} is gone")
+    else:
+        reason = f"{path} is gone, but the descriptor was edited since igvmfw wrote it"
+        action = Action(kind=Kind.KEEP, path=entry.path, reason=reason)
+    plan.actions.append(action)

@@ -1,0 +1,84 @@
+"""Which descriptor a domain gets, and why it gets none of the others.
+
+The choice itself is `igvmfw.select.choose`; this only explains it, entry by entry.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from igvmfw.errors import NoFirmwareError
+from igvmfw.qemu.catalog import Entry, Wanted, match
+from igvmfw.qemu.descriptor import PLATFORM_FEATURES
+from igvmfw.select import Candidate, choose, platforms
+from igvmfw.virt.domain import Request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What a request makes of one descriptor file.
+
+    Attributes:
+        entry: The descriptor file.
+        chosen: Whether the domain gets this one.
+        reasons: Why not; for the chosen one empty.
+    """
+
+    entry: Entry
+    chosen: bool
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judgement:
+    """What a request makes of a catalogue.
+
+    Attributes:
+        candidate: What is chosen by descriptor, or named by the domain itself; None: nothing is.
+        verdicts: One for each descriptor file, in order of choice.
+    """
+
+    candidate: Candidate | None
+    verdicts: tuple[Verdict, ...]
+
+
+def judge(request: Request, entries: Sequence[Entry]) -> Judgement:
+    """Explain a choice.
+
+    Args:
+        request: What the domain asks for.
+        entries: The catalogue, in order of choice.
+    Raises:
+        RefusedError: The domain names a file whose descriptor contradicts it.
+    """
+    try:
+        candidate = choose(request, entries)
+    except NoFirmwareError:
+        candidate = None
+    verdicts = []
+    decided = False
+    for entry in entries:
+        reasons = _reasons(request, entry)
+        chosen = not decided and not reasons and candidate is not None
+        decided = decided or chosen
+        if not reasons and not chosen:
+            reasons = ("matches too, and comes later in the order of choice",)
+        verdicts.append(Verdict(entry=entry, chosen=chosen, reasons=reasons))
+    return Judgement(candidate=candidate, verdicts=tuple(verdicts))
+
+
+def _reasons(request: Request, entry: Entry) -> tuple[str, ...]:
+    if request.path is not None:
+        return (f"the domain names {request.path} itself",)
+    first: tuple[str, ...] | None = None
+    for platform in platforms(request):
+        features = dict(request.features)
+        if platform in PLATFORM_FEATURES:
+            features[PLATFORM_FEATURES[platform]] = True
+        wanted = Wanted(
+            architecture=request.architecture, machine=request.machine, features=features
+        )
+        reasons = match(entry, wanted)
+        if not reasons:
+            return ()
+        first = reasons if first is None else first
+    return first or ()

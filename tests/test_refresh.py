@@ -1,0 +1,286 @@
+import os
+import subprocess
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from igvmfw import files
+from igvmfw.errors import IgvmfwError
+from igvmfw.install import Into, Kind, Level, Place, choose_place, plan_install
+from igvmfw.inventory import describe_file
+from igvmfw.platforms import Platform
+from igvmfw.provenance import Writer, find_writer, is_untouched
+from igvmfw.qemu.catalog import load
+from igvmfw.qemu.descriptor import Descriptor
+from igvmfw.refresh import Refreshed, refresh, vendor_directories
+from tests.igvm import samples
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def make(tmp_path: Path, ovmf: Path) -> Make:
+    """Put an IGVM file with OVMF below the root."""
+    from igvmfw.igvm.wrap import wrap
+
+    firmware = ovmf.read_bytes()
+    kept: dict[tuple[Platform, ...], bytes] = {}
+
+    def put(name: str, *platforms: Platform) -> Path:
+        platforms = platforms or (Platform.NATIVE,)
+        if platforms not in kept:
+            kept[platforms] = wrap(firmware, platforms)
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(kept[platforms])
+        return path
+
+    return put
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return choose_place(Level.VENDOR, root=tmp_path)
+
+
+def run(place: Place, *, everything: bool = False, dry_run: bool = False) -> Refreshed:
+    return refresh(place, vendor_directories(place.root), everything=everything, dry_run=dry_run)
+
+
+def kinds(done: Refreshed) -> dict[str, str]:
+    return {action.path.name: action.kind.value for action in done.actions}
+
+
+def described(place: Place) -> dict[str, str]:
+    entries = load([place.directory], place.root).available
+    return {entry.name: entry.descriptor.mapping.filename for entry in entries if entry.descriptor}
+
+
+def test_new_changed_gone(place: Place, make: Make) -> None:
+    assert run(place) == Refreshed(actions=(), problems=())
+    assert not place.directory.exists()
+    file = make("usr/share/edk2/ovmf/OVMF.igvm")
+    assert kinds(run(place)) == {"70-edk2-ovmf-OVMF.json": "write"}
+    path = place.directory / "70-edk2-ovmf-OVMF.json"
+    first = Descriptor.parse(path.read_bytes())
+    assert first.mapping.filename == "/usr/share/edk2/ovmf/OVMF.igvm"
+    assert find_writer(first) is Writer.REFRESH
+    assert is_untouched(first)
+    make("usr/share/edk2/ovmf/OVMF.igvm", Platform.SEV, Platform.SEV_ES)
+    assert kinds(run(place)) == {"70-edk2-ovmf-OVMF.json": "write"}
+    assert Descriptor.parse(path.read_bytes()).features == ("amd-sev", "amd-sev-es")
+    file.unlink()
+    assert kinds(run(place, dry_run=True)) == {"70-edk2-ovmf-OVMF.json": "remove"}
+    assert path.exists()
+    assert kinds(run(place)) == {"70-edk2-ovmf-OVMF.json": "remove"}
+    assert list(place.directory.iterdir()) == []
+
+
+def test_a_second_run_reads_no_files_contents(
+    place: Place, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make("usr/share/igvm/file-0.igvm")
+    for number in range(1, 1000):
+        os.link(source, source.with_name(f"file-{number}.igvm"))
+    assert set(kinds(run(place)).values()) == {"write"}
+    assert len(described(place)) == 1000
+
+    opened: list[str] = []
+    real = os.open
+
+    def watched(path: str, *rest: object, **more: object) -> int:
+        opened.append(str(path))
+        return real(path, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "open", watched)
+    assert set(kinds(run(place)).values()) == {"unchanged"}
+    assert any(path.endswith(".json") for path in opened)  # the watch works
+    assert not any(path.endswith(".igvm") for path in opened)
+
+
+def test_what_looks_unchanged_can_be_read_all_the_same(place: Place, make: Make) -> None:
+    file = make("usr/share/igvm/a.igvm")
+    run(place)
+    times = file.stat()
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert kinds(run(place)) == {"70-igvm-a.json": "unchanged"}
+    assert kinds(run(place, everything=True)) == {"70-igvm-a.json": "write"}
+    assert kinds(run(place, everything=True)) == {"70-igvm-a.json": "unchanged"}
+
+
+def test_touching_a_file_updates_what_is_noted(place: Place, make: Make) -> None:
+    file = make("usr/share/igvm/a.igvm")
+    run(place)
+    os.utime(file, ns=(1, 1))
+    assert kinds(run(place)) == {"70-igvm-a.json": "write"}
+    assert kinds(run(place)) == {"70-igvm-a.json": "unchanged"}
+
+
+def test_edited_descriptors_are_kept(place: Place, make: Make) -> None:
+    file = make("usr/share/igvm/a.igvm")
+    run(place)
+    path = place.directory / "70-igvm-a.json"
+    edited = path.read_bytes().replace(b"OVMF for", b"My OVMF for")
+    path.write_bytes(edited)
+    make("usr/share/igvm/a.igvm", Platform.SEV)
+    done = run(place)
+    assert kinds(done) == {"70-igvm-a.json": "keep"}
+    assert "was edited" in done.actions[0].reason
+    file.unlink()
+    done = run(place)
+    assert kinds(done) == {"70-igvm-a.json": "keep"}
+    assert "is gone, but" in done.actions[0].reason
+    assert path.read_bytes() == edited
+
+
+def test_a_package_that_brings_its_own_descriptor_needs_none(place: Place, make: Make) -> None:
+    file = make("usr/share/igvm/a.igvm")
+    own = describe_file(str(file), root=place.root).descriptor
+    place.directory.mkdir(parents=True)
+    path = place.directory / "50-package.json"
+    path.write_bytes(own.write())
+    assert kinds(run(place)) == {"50-package.json": "unchanged"}
+    file.unlink()
+    assert run(place).actions == ()
+    assert path.exists()
+
+
+def test_what_install_wrote_is_not_refreshs(place: Place, make: Make) -> None:
+    file = make("usr/share/igvm/a.igvm")
+    wanted = describe_file(str(file), root=place.root, note_time=True).descriptor
+    place.directory.mkdir(parents=True)
+    action = plan_install(place, "60-a.json", wanted)
+    assert action.data is not None
+    action.path.write_bytes(action.data)
+    assert kinds(run(place)) == {"60-a.json": "unchanged"}
+    file.unlink()
+    assert run(place).actions == ()
+
+
+def test_damaged_files_hide_no_others(place: Place, make: Make) -> None:
+    make("usr/share/igvm/good.igvm")
+    bad = make("usr/share/igvm/bad.igvm")
+    run(place)
+    bad.write_bytes(bad.read_bytes()[:1000])
+    make("usr/share/igvm/new.igvm")
+    done = run(place)
+    assert kinds(done) == {
+        "70-igvm-bad.json": "remove",
+        "70-igvm-good.json": "unchanged",
+        "70-igvm-new.json": "write",
+    }
+    assert len(done.problems) == 1
+    assert str(done.problems[0]).startswith(str(bad))
+
+
+def test_what_cannot_be_described_is_said(place: Place, tmp_path: Path) -> None:
+    (tmp_path / "usr/share/igvm").mkdir(parents=True)
+    (tmp_path / "usr/share/igvm/bare.igvm").write_bytes(samples.small())
+    done = run(place)
+    assert done.actions == ()
+    assert "--interface" in str(done.problems[0])
+
+
+def test_links_hidden_and_other_files(place: Place, make: Make, tmp_path: Path) -> None:
+    file = make("usr/share/igvm/a.igvm")
+    make("opt/elsewhere/c.igvm")
+    for name, target in [
+        ("alias.igvm", "a.igvm"),
+        ("absolute.igvm", "/opt/elsewhere/c.igvm"),
+        ("dangling.igvm", "/nowhere"),
+        ("loop.igvm", "loop.igvm"),
+    ]:
+        (file.parent / name).symlink_to(target)
+    make("usr/share/igvm/.hidden.igvm")
+    make("usr/share/igvm/a.igvm.dpkg-new")
+    (file.parent / "directory.igvm").mkdir()
+    os.mkfifo(file.parent / "fifo.igvm")
+    (tmp_path / "usr/share/edk2").symlink_to("/usr/share/igvm")
+    done = run(place)
+    assert sorted(kinds(done)) == ["70-edk2-absolute.json", "70-igvm-a.json"]
+    assert ["links form a loop" in str(p) for p in done.problems] == [True, True]
+
+
+def test_names_that_collide(place: Place, make: Make) -> None:
+    make("usr/share/igvm/a/b.igvm")
+    make("usr/share/igvm/a-b.igvm")
+    make("usr/share/igvm/a b.igvm")
+    assert len(set(kinds(run(place)))) == 3
+    before = described(place)
+    assert set(kinds(run(place)).values()) == {"unchanged"}
+    assert described(place) == before
+
+
+def test_files_outside_the_directories_are_left_alone(place: Place, make: Make) -> None:
+    make("usr/share/igvm/a.igvm")
+    other = make("usr/share/edk2/b.igvm")
+    run(place)
+    other.unlink()
+    done = refresh(place, [place.root / "usr/share/igvm"])
+    assert kinds(done) == {"70-igvm-a.json": "unchanged"}
+
+
+def test_descriptors_move_when_the_right_place_changes(make: Make, tmp_path: Path) -> None:
+    make("usr/share/igvm/a.igvm")
+    own = choose_place(Level.VENDOR, root=tmp_path, into=Into.IGVMFW)
+    qemu = choose_place(Level.VENDOR, root=tmp_path, into=Into.QEMU)
+    for place, other in ((own, qemu), (qemu, own), (own, qemu)):
+        run(place)
+        assert list(described(place)) == ["70-igvm-a.json"]
+        assert described(other) == {}
+
+
+def test_a_name_that_is_no_utf8_is_a_problem(place: Place, make: Make) -> None:
+    file = make("usr/share/igvm/a.igvm")
+    os.rename(os.fsencode(file), os.fsencode(file.parent) + b"/\xff.igvm")
+    done = run(place)
+    assert done.actions == ()
+    assert "not UTF-8" in str(done.problems[0])
+
+
+def test_a_directory_outside_the_root_is_refused(place: Place) -> None:
+    with pytest.raises(IgvmfwError, match="not below the root"):
+        refresh(place, [Path("/usr/share/igvm")])
+
+
+def test_a_change_while_it_is_read_shows_next_time(
+    place: Place, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = make("usr/share/igvm/a.igvm")
+    real = files.mapped
+
+    # written between the look at its time and its being read
+    def meanwhile(path: Path | str) -> AbstractContextManager[memoryview]:
+        os.utime(file, ns=(7, 7))
+        return real(path)
+
+    monkeypatch.setattr(files, "mapped", meanwhile)
+    run(place)
+    monkeypatch.undo()
+    assert kinds(run(place)) == {"70-igvm-a.json": Kind.WRITE}
+
+
+def test_killed_runs_are_made_good_by_the_next(place: Place, make: Make, tmp_path: Path) -> None:
+    import signal
+    import sys
+    import time
+
+    source = make("usr/share/igvm/file-0.igvm")
+    for number in range(1, 60):
+        os.link(source, source.with_name(f"file-{number}.igvm"))
+    command = [sys.executable, "-m", "igvmfw", "refresh", "--root", str(tmp_path)]
+    for delay in (0.15, 0.2, 0.25, 0.3, 0.4, 0.5):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait(30)
+        found = load([place.directory], place.root)
+        assert all(entry.error is None for entry in found.entries)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert len(described(place)) == 60
+    assert len(list(place.directory.iterdir())) == 60

@@ -1,0 +1,53 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from igvmfw.errors import InputError
+from igvmfw.rooted import HOST, inner, resolve
+
+
+def test_links_stay_inside(tmp_path: Path) -> None:
+    (tmp_path / "usr/lib").mkdir(parents=True)
+    for name, target in [
+        ("absolute", "/usr/lib"),
+        ("relative", "usr/lib"),
+        ("up", "../../../../usr/./lib"),
+        ("chain", "absolute"),
+    ]:
+        (tmp_path / name).symlink_to(target)
+        assert resolve(tmp_path, f"/{name}/file") == tmp_path / "usr/lib/file"
+    assert resolve(tmp_path, "../../etc/passwd") == tmp_path / "etc/passwd"
+    assert resolve(tmp_path, "/usr/lib/../share//./x") == tmp_path / "usr/share/x"
+    assert resolve(tmp_path, "/") == tmp_path
+    assert resolve(HOST, "/usr/lib/../x") == Path("/usr/lib/../x")
+
+
+def test_it_agrees_with_the_kernel(tmp_path: Path) -> None:
+    """Where nothing leaves the root, following inside and outside is the same."""
+    (tmp_path / "a/b/c").mkdir(parents=True)
+    (tmp_path / "a/link").symlink_to("b/../b/c")
+    (tmp_path / "a/b/c/back").symlink_to("../../link/..")
+    for path in ("a/link", "a/link/back", "a/link/back/c", "a/b/c/back/../link/back/new"):
+        assert resolve(tmp_path, path) == Path(os.path.realpath(tmp_path / path))
+
+
+def test_loops_end(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("/a")
+    with pytest.raises(InputError, match="too many links"):
+        resolve(tmp_path, "/a/x")
+
+
+def test_the_name_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert inner(tmp_path, tmp_path / "usr/x") == "/usr/x"
+    assert inner(tmp_path, f"{tmp_path}//usr/../y") == "/y"
+    monkeypatch.chdir(tmp_path)
+    assert inner(tmp_path, "usr/x") == "/usr/x"
+    assert inner(HOST, "usr/x") == f"{tmp_path}/usr/x"
+    link = tmp_path.parent / f"{tmp_path.name}-link"
+    link.symlink_to(tmp_path)
+    assert inner(link, tmp_path / "usr/x") == "/usr/x"
+    for outside in (tmp_path, tmp_path.parent / "x", f"{tmp_path}x/y"):
+        with pytest.raises(InputError, match="is not below the root"):
+            inner(tmp_path, outside)
