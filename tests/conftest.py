@@ -1,0 +1,112 @@
+"""Parts that tests of several folders share, and a last word on what was not tested."""
+
+import contextlib
+import os
+import pwd
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.parts import SKIPPED, need
+from tests.testbed.cache import printed
+from tests.testbed.standin import DEVICE, SevEmulator, make_emulator
+
+OVMF = Path("/usr/share/ovmf/OVMF.fd")  # code and variables in one image, with SEV-SNP's metadata
+QEMU_CONF = """\
+stdio_handler = "file"
+namespaces = []
+security_driver = "none"
+user = "root"
+group = "root"
+remember_owner = 0
+cgroup_controllers = []
+"""
+
+
+@pytest.fixture(scope="session")
+def igvm_qemu() -> Path:
+    """A QEMU that takes IGVM files."""
+    qemu = printed("build-qemu.sh")
+    need(qemu.exists(), "a QEMU with IGVM support")
+    return qemu
+
+
+@pytest.fixture(scope="session")
+def ovmf() -> Path:
+    """The distribution's OVMF, a combined image."""
+    need(OVMF.exists(), f"OVMF ({OVMF})")
+    return OVMF
+
+
+@pytest.fixture(scope="session")
+def kvm() -> None:
+    """KVM, usable by this user."""
+    need(os.access("/dev/kvm", os.R_OK | os.W_OK), "KVM (read and write access to /dev/kvm)")
+
+
+@pytest.fixture(scope="session")
+def dev_sev(kvm: None) -> Iterator[None]:
+    """/dev/sev, whose presence libvirt looks at; the stand-in answers for it."""
+    made = not DEVICE.exists()
+    if made:
+        need(os.access(DEVICE.parent, os.W_OK), f"{DEVICE}, or root to make a stand-in for it")
+        DEVICE.touch()
+    yield
+    if made:
+        DEVICE.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def sev_emulator(igvm_qemu: Path, dev_sev: None) -> Iterator[SevEmulator]:
+    """An IGVM-capable QEMU that finds itself on a SEV host, with the record of its launch."""
+    need(shutil.which("gcc") is not None, "gcc, for the SEV stand-in")
+    with tempfile.TemporaryDirectory(prefix="igvmfw-sev-") as directory:
+        tik = bytes(range(16))  # not zeros: a tool that ignores the key must be noticed
+        yield make_emulator(Path(directory), igvm_qemu, tik=tik)
+
+
+@pytest.fixture
+def embed_root() -> Iterator[Path]:
+    """A root for libvirt's embedded driver: qemu:///embed?root=DIR.  Its guests end with it."""
+    need(_libvirt_user_exists(), "the user that libvirt runs guests as (libvirt-qemu)")
+    # short: the monitor's socket goes below it, and a socket's path has at most 107 bytes
+    directory = Path(tempfile.mkdtemp(prefix="igvmfw-"))
+    (directory / "etc").mkdir()
+    (directory / "etc" / "qemu.conf").write_text(QEMU_CONF)
+    yield directory
+    _end_guests(directory)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _libvirt_user_exists() -> bool:
+    """Whether there is a user that libvirt looks up before it reads what qemu.conf says."""
+    if os.geteuid() != 0:
+        return True
+    for name in ("libvirt-qemu", "qemu"):  # Debian and Ubuntu; Fedora and openSUSE
+        with contextlib.suppress(KeyError):
+            return bool(pwd.getpwnam(name))
+    return False
+
+
+def _end_guests(root: Path) -> None:
+    guests = set(root.glob("run/qemu/*.pid")) - {root / "run/qemu/driver.pid"}  # ours: this process
+    for file in guests:
+        with contextlib.suppress(OSError, ValueError):
+            os.kill(int(file.read_text()), signal.SIGKILL)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say in the last lines which parts were missing, and how many tests with them."""
+    missing: dict[str, int] = {}
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        if reason.startswith(SKIPPED):
+            missing[reason] = missing.get(reason, 0) + 1
+    if missing:
+        terminalreporter.section("NOT TESTED ON THIS MACHINE", red=True, bold=True)
+        for reason, count in sorted(missing.items()):
+            terminalreporter.write_line(f"{count:4} tests skipped: {reason}", red=True)
