@@ -101,7 +101,7 @@ def define(connection: Connection, domain: Domain, *, validate: bool = False) ->
     Raises:
         LibvirtError: libvirt refuses it.
     """
-    with translated():
+    with translated(f"domain '{domain.name}'"):
         import libvirt
 
         flags = libvirt.VIR_DOMAIN_DEFINE_VALIDATE if validate else 0
@@ -124,7 +124,7 @@ def create(
         LibvirtError: libvirt or QEMU refuses it.
     """
     check_emulator(connection, domain)
-    with translated():
+    with translated(f"domain '{domain.name}'"):
         import libvirt
 
         flags = libvirt.VIR_DOMAIN_START_PAUSED if paused else 0
@@ -170,6 +170,81 @@ def start(
         check_emulator(connection, domain)
         native.createWithFlags(flags)
     return domain
+
+
+def fetch(
+    connection: Connection,
+    name: str,
+    *,
+    inactive: bool = False,
+    security_info: bool = False,
+    update_cpu: bool = False,
+    migratable: bool = False,
+) -> Domain:
+    """What libvirt has of a domain.
+
+    Args:
+        connection: Where.
+        name: The domain's name or UUID.
+        inactive: What the next start will use, also while it runs.
+        security_info: With passwords and the like.
+        update_cpu: With the CPU model brought in line with the host.
+        migratable: In the form that can be sent to another host.
+    Raises:
+        LibvirtError: There is no such domain, or reading it is not allowed.
+    """
+    native = connection.find(name)
+    with translated(f"domain '{name}'"):
+        import libvirt
+
+        flags = (
+            (libvirt.VIR_DOMAIN_XML_INACTIVE if inactive else 0)
+            | (libvirt.VIR_DOMAIN_XML_SECURE if security_info else 0)
+            | (libvirt.VIR_DOMAIN_XML_UPDATE_CPU if update_cpu else 0)
+            | (libvirt.VIR_DOMAIN_XML_MIGRATABLE if migratable else 0)
+        )
+        return Domain.parse(native.XMLDesc(flags).encode())
+
+
+def undefine(
+    connection: Connection,
+    name: str,
+    *,
+    nvram: bool | None = None,
+    managed_save: bool = False,
+    snapshots_metadata: bool = False,
+    checkpoints_metadata: bool = False,
+) -> str:
+    """Remove a domain's definition; returns its name.
+
+    Args:
+        connection: Where.
+        name: The domain's name or UUID.
+        nvram: Remove the file of UEFI variables (True) or keep it (False), where there is one.
+        managed_save: Remove a saved state.
+        snapshots_metadata: Remove what libvirt knows of snapshots.
+        checkpoints_metadata: Remove what libvirt knows of checkpoints.
+    Raises:
+        LibvirtError: There is no such domain, or libvirt refuses.
+    """
+    native = connection.find(name)
+    with translated(f"domain '{name}'"):
+        import libvirt
+
+        nvram_flag = {
+            None: 0,
+            True: libvirt.VIR_DOMAIN_UNDEFINE_NVRAM,
+            False: libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM,
+        }[nvram]
+        flags = (
+            nvram_flag
+            | (libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE if managed_save else 0)
+            | (libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA if snapshots_metadata else 0)
+            | (libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA if checkpoints_metadata else 0)
+        )
+        removed: str = native.name()
+        native.undefineFlags(flags)
+    return removed
 
 
 def recorded(domain: Domain) -> File | None:

@@ -16,6 +16,7 @@ from tests.testbed.cache import CACHE, printed
 _LIBVIRT_PARTS = (
     "*/tests/qemufirmwaredata",
     "*/tests/qemufirmwaretest.c",
+    "*/tests/domaincapsdata",
     "*/tests/qemuxml*data",  # domains: qemuxml2argvdata up to 10.0, qemuxmlconfdata since
 )
 

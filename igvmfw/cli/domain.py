@@ -1,10 +1,13 @@
-"""Commands on domains: rewrite, restore, define, create, start."""
+"""Commands on domains: rewrite and restore, and virsh's, which know requests for IGVM firmware."""
 
 import argparse
 import contextlib
 import difflib
 import os
+import shlex
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,20 @@ from urllib.parse import urlsplit
 from igvmfw import files
 from igvmfw.cli import Command
 from igvmfw.cli.output import emit, emit_json, note, warn
-from igvmfw.errors import EmulatorError, IgvmfwError
-from igvmfw.launch import Options, check_emulator, create, define, prepare, recorded, start
+from igvmfw.errors import EmulatorError, HostError, IgvmfwError, RefusedError
+from igvmfw.launch import (
+    Options,
+    check_emulator,
+    create,
+    define,
+    fetch,
+    prepare,
+    recorded,
+    start,
+    undefine,
+)
 from igvmfw.qemu import catalog
-from igvmfw.rewrite import Rewritten, convert, request_of, restore
+from igvmfw.rewrite import Rewritten, as_request, convert, request_of, restore
 from igvmfw.virt.document import MAX_BYTES
 from igvmfw.virt.domain import Domain
 from igvmfw.virt.host import Connection, connect
@@ -24,7 +37,7 @@ from igvmfw.virt.host import Connection, connect
 _TAKE_FROM_CATALOGUE = ""
 
 
-def _firmware_arguments(parser: argparse.ArgumentParser) -> None:
+def _igvm_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--igvm",
         metavar="PATH",
@@ -32,6 +45,9 @@ def _firmware_arguments(parser: argparse.ArgumentParser) -> None:
         "--igvm=PATH names it",
     )
     _optional_value(parser, "--igvm")
+
+
+def _choice_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--root",
         type=Path,
@@ -77,7 +93,8 @@ def _rewrite_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--diff", action="store_true", help="print the difference instead")
     parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="write to a file")
-    _firmware_arguments(parser)
+    _igvm_argument(parser)
+    _choice_arguments(parser)
     parser.add_argument(
         "-c", "--connect", metavar="URI", help="ask this libvirt what its host offers"
     )
@@ -116,7 +133,8 @@ def _restore(args: argparse.Namespace) -> int:
 def _define_arguments(parser: argparse.ArgumentParser) -> None:
     _connect_arguments(parser)
     parser.add_argument("file", metavar="FILE", help="the domain's XML; - is standard input")
-    _firmware_arguments(parser)
+    _igvm_argument(parser)
+    _choice_arguments(parser)
     parser.add_argument(
         "--validate", action="store_true", help="let libvirt check the XML against its schema"
     )
@@ -180,6 +198,132 @@ def _start(args: argparse.Namespace) -> int:
             force_boot=args.force_boot,
         )
     _done(args, domain, domain.name or args.domain, "started")
+    return 0
+
+
+def _edit_arguments(parser: argparse.ArgumentParser) -> None:
+    _connect_arguments(parser)
+    parser.add_argument("domain", metavar="DOMAIN", help="its name or UUID")
+    _choice_arguments(parser)
+    parser.set_defaults(igvm=None)
+    parser.add_argument(
+        "--skip-validate", action="store_true", help="do not check the XML against the schema"
+    )
+
+
+def _edit(args: argparse.Namespace) -> int:
+    with connect(args.connect) as connection:
+        stored = fetch(connection, args.domain, inactive=True, security_info=True)
+        shown = as_request(stored).write()
+        with tempfile.NamedTemporaryFile(prefix="igvmfw-", suffix=".xml") as file:
+            file.write(shown)
+            file.flush()
+            while True:
+                _run_editor(file.name)
+                edited = files.read_text(file.name, limit=MAX_BYTES)
+                if edited == shown:
+                    note(f"Domain '{args.domain}' was not changed")
+                    return 0
+                try:
+                    name = _redefine(connection, args, stored, edited)
+                except IgvmfwError as error:
+                    if not _asks_again(error):
+                        raise
+                else:
+                    emit(f"Domain '{name}' edited")
+                    return 0
+
+
+def _redefine(
+    connection: Connection, args: argparse.Namespace, stored: Domain, edited: bytes
+) -> str:
+    now = fetch(connection, args.domain, inactive=True, security_info=True)
+    if now.write() != stored.write():
+        raise RefusedError(
+            "somebody else changed the domain meanwhile",
+            where=f"domain '{args.domain}'",
+            hint="edit it again",
+        )
+    rewritten = _prepare(Domain.parse(edited), args, connection)
+    _report(rewritten)
+    return define(connection, rewritten.domain, validate=not args.skip_validate)
+
+
+def _run_editor(path: str) -> None:
+    # virsh's order; a value may have options
+    editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
+    try:
+        done = subprocess.run([*shlex.split(editor), path], check=False)
+    except (OSError, ValueError) as error:
+        raise HostError(
+            f"cannot run the editor: {error}", where=editor, hint="set VISUAL or EDITOR"
+        ) from None
+    if done.returncode:
+        raise HostError(f"the editor failed with exit status {done.returncode}", where=editor)
+
+
+def _asks_again(error: IgvmfwError) -> bool:
+    """Whether the user wants to go on editing what is wrong; nobody is asked in a script."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    warn(str(error))
+    sys.stderr.write("Edit again? [Y/n] ")
+    sys.stderr.flush()
+    return sys.stdin.readline().strip().lower() in ("", "y", "yes")
+
+
+def _dumpxml_arguments(parser: argparse.ArgumentParser) -> None:
+    _connect_arguments(parser)
+    parser.add_argument("domain", metavar="DOMAIN", help="its name or UUID")
+    parser.add_argument("--inactive", action="store_true", help="what the next start will use")
+    parser.add_argument("--security-info", action="store_true", help="with passwords")
+    parser.add_argument("--update-cpu", action="store_true", help="with the host's CPU features")
+    parser.add_argument("--migratable", action="store_true", help="as sent to another host")
+
+
+def _dumpxml(args: argparse.Namespace) -> int:
+    with connect(args.connect) as connection:
+        domain = fetch(
+            connection,
+            args.domain,
+            inactive=args.inactive,
+            security_info=args.security_info,
+            update_cpu=args.update_cpu,
+            migratable=args.migratable,
+        )
+    sys.stdout.flush()
+    sys.stdout.buffer.write(as_request(domain).write())
+    return 0
+
+
+def _undefine_arguments(parser: argparse.ArgumentParser) -> None:
+    _connect_arguments(parser)
+    parser.add_argument("domain", metavar="DOMAIN", help="its name or UUID")
+    nvram = parser.add_mutually_exclusive_group()
+    nvram.add_argument(
+        "--nvram", action="store_true", default=None, help="remove the file of UEFI variables"
+    )
+    nvram.add_argument("--keep-nvram", dest="nvram", action="store_false", help="keep it")
+    parser.add_argument("--managed-save", action="store_true", help="remove a saved state")
+    parser.add_argument(
+        "--snapshots-metadata", action="store_true", help="remove what is known of snapshots"
+    )
+    parser.add_argument(
+        "--checkpoints-metadata", action="store_true", help="remove what is known of checkpoints"
+    )
+
+
+def _undefine(args: argparse.Namespace) -> int:
+    with connect(args.connect) as connection:
+        name = undefine(
+            connection,
+            args.domain,
+            nvram=args.nvram,
+            managed_save=args.managed_save,
+            snapshots_metadata=args.snapshots_metadata,
+            checkpoints_metadata=args.checkpoints_metadata,
+        )
+    emit(f"Domain '{name}' has been undefined")
     return 0
 
 
@@ -291,4 +435,7 @@ COMMANDS = {
     "define": Command(_define_arguments, _define),
     "create": Command(_create_arguments, _create),
     "start": Command(_start_arguments, _start),
+    "edit": Command(_edit_arguments, _edit),
+    "dumpxml": Command(_dumpxml_arguments, _dumpxml),
+    "undefine": Command(_undefine_arguments, _undefine),
 }

@@ -14,12 +14,6 @@ DISTRIBUTION_QEMU = Path("/usr/bin/qemu-system-x86_64")
 BOOT = 180  # seconds; with TCG it takes some twenty
 
 
-@pytest.fixture
-def uri(embed_root: Path) -> str:
-    pytest.importorskip("libvirt")
-    return f"qemu:///embed?root={embed_root}"
-
-
 def processes(file: Path) -> list[list[bytes]]:
     """The command lines of all processes that name a file."""
     found = []
@@ -158,7 +152,6 @@ def test_a_configuration_of_the_users_is_left_alone(embed_root: Path, tmp_path: 
 def test_a_new_root_gets_what_it_needs(
     embed_root: Path, igvm_qemu: Path, ovmf: Path, tmp_path: Path
 ) -> None:
-    pytest.importorskip("libvirt")
     new = embed_root / "n"  # below the fixture's root, which is removed
     file = wrap(ovmf, tmp_path / "ovmf.igvm")
     xml = tmp_path / "guest.xml"

@@ -21,12 +21,6 @@ from tests.testbed.standin import SevEmulator
 INCOMPATIBLE = "IGVM file does not describe a compatible supported platform"
 
 
-@pytest.fixture
-def uri(embed_root: Path) -> str:
-    pytest.importorskip("libvirt")
-    return f"qemu:///embed?root={embed_root}"
-
-
 def security(policy: str | None) -> str:
     stated = "" if policy is None else f"<policy>{policy}</policy>"
     return f"<launchSecurity type='sev'>{stated}</launchSecurity>"
