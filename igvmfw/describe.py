@@ -14,6 +14,7 @@ from igvmfw.errors import RefusedError, UsageError
 from igvmfw.igvm.image import IgvmFile
 from igvmfw.igvm.payload import Payload
 from igvmfw.igvm.spec import Architecture
+from igvmfw.igvm.uefi import UefiFacts
 from igvmfw.platforms import Platform
 from igvmfw.qemu.descriptor import (
     PLATFORM_FEATURES,
@@ -85,6 +86,7 @@ class Description:
 def describe(
     image: IgvmFile,
     payloads: Sequence[Payload],
+    facts: Sequence[UefiFacts | None] = (),
     *,
     filename: str,
     profile: Profile = Profile.IGVMFW,
@@ -96,6 +98,7 @@ def describe(
     Args:
         image: The file.
         payloads: What it carries, for each of its platforms.
+        facts: What the UEFI firmware in it says about itself, for each of its platforms.
         filename: The path that the descriptor names.
         profile: What the descriptor may hold.
         stated: What the caller adds.
@@ -109,7 +112,10 @@ def describe(
     _check_usable(image)
     reasons: list[Reason] = []
     interfaces = _interfaces(payloads, stated, reasons)
-    features = _features(image, payloads, profile, stated, reasons)
+    found = _platform_features(image)
+    found |= _vtpm_feature(payloads, profile, reasons)
+    found |= _uefi_features(payloads, facts, reasons)
+    features = _features(found, profile, stated, reasons)
     storage = _storage(payloads, profile, reasons)
     machines = stated.machines or tuple(f"{family}*" for family in MACHINE_FAMILIES)
     _check_machines(machines)
@@ -162,26 +168,61 @@ def _interfaces(
     return (UEFI,)
 
 
-def _features(
-    image: IgvmFile,
-    payloads: Sequence[Payload],
-    profile: Profile,
-    stated: Stated,
-    reasons: list[Reason],
-) -> tuple[str, ...]:
-    found: dict[str, str] = {}
+def _platform_features(image: IgvmFile) -> dict[str, str]:
+    found = {}
     for platform in image.supported:
         if platform in PLATFORM_FEATURES:
             untaken = " (which QEMU takes from no IGVM file yet)" if platform in UNTAKEN else ""
-            why = f"the file has the platform {platform}{untaken}"
-            found[PLATFORM_FEATURES[platform]] = why
-    if _all_have_vtpm(payloads):
-        why = f"{payloads[0].svsm} in the file was built with its vTPM"
-        if profile is Profile.IGVMFW:
-            found[VTPM] = why
+            found[PLATFORM_FEATURES[platform]] = f"the file has the platform {platform}{untaken}"
+    return found
+
+
+def _vtpm_feature(
+    payloads: Sequence[Payload], profile: Profile, reasons: list[Reason]
+) -> dict[str, str]:
+    if not _all_have_vtpm(payloads):
+        return {}
+    why = f"{payloads[0].svsm} in the file was built with its vTPM"
+    if profile is Profile.IGVMFW:
+        return {VTPM: why}
+    left_out = f"left out: {why}, but firmware.json has no word for it"
+    reasons.append(Reason(item=VTPM, text=left_out))
+    return {}
+
+
+def _uefi_features(
+    payloads: Sequence[Payload], facts: Sequence[UefiFacts | None], reasons: list[Reason]
+) -> dict[str, str]:
+    """What the UEFI firmware itself tells; only what holds on every platform."""
+    told = [fact for fact in facts if fact is not None]
+    if not told or len(told) < len(facts):
+        return {}
+    found = {}
+    if all(fact.smm for fact in told):
+        found["requires-smm"] = "the firmware has the drivers for SMM (PiSmmCore)"
+    keys = all(fact.enrolled_keys for fact in told)
+    if keys:
+        found["enrolled-keys"] = "the variable store in the file has a platform key"
+    service = all(fact.variable_service for fact in told)
+    if service and not any(payload.uefi_variables for payload in payloads):
+        found["host-uefi-vars"] = (
+            "the firmware takes its variables from a service outside of it "
+            "(VirtMmCommunication), and the file brings none"
+        )
+    if all(fact.secure_boot for fact in told):
+        # firmware.json warns of Secure Boot whose variables the guest's kernel can change;
+        # distributions do not state the feature for such builds either
+        if keys or service or "requires-smm" in found:
+            found["secure-boot"] = "the firmware has the interfaces of UEFI Secure Boot"
         else:
-            left_out = f"left out: {why}, but firmware.json has no word for it"
-            reasons.append(Reason(item=VTPM, text=left_out))
+            why = "left out: it is built in, but no keys are enrolled and nothing protects any"
+            reasons.append(Reason(item="secure-boot", text=why))
+    return found
+
+
+def _features(
+    found: dict[str, str], profile: Profile, stated: Stated, reasons: list[Reason]
+) -> tuple[str, ...]:
     known = known_features(profile)
     for feature in stated.features:
         if feature not in known:

@@ -14,6 +14,7 @@ from igvmfw.describe import Description, Stated, describe
 from igvmfw.errors import IgvmfwError, InputError
 from igvmfw.igvm.image import IgvmFile
 from igvmfw.igvm.payload import Payload, identify
+from igvmfw.igvm.uefi import find_facts, firmware_image
 from igvmfw.platforms import Platform
 from igvmfw.provenance import FileIdentity, described_file
 from igvmfw.qemu.catalog import Catalog, Entry
@@ -159,10 +160,12 @@ def describe_file(
         with files.mapped(real) as data:
             image = IgvmFile.parse(data)
             payloads = [identify(image, platform) for platform in image.supported]
+            facts = [find_facts(firmware_image(image, platform)) for platform in image.supported]
             identity = FileIdentity.of(data, info if note_time else None)
             return describe(
                 image,
                 payloads,
+                facts,
                 filename=inner,
                 profile=profile,
                 stated=stated,

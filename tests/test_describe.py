@@ -6,6 +6,7 @@ from igvmfw.describe import COCONUT_STORAGE, Description, Stated, describe, desc
 from igvmfw.errors import RefusedError, UsageError
 from igvmfw.igvm.image import IgvmFile
 from igvmfw.igvm.payload import Payload, identify
+from igvmfw.igvm.uefi import UefiFacts
 from igvmfw.platforms import Platform
 from igvmfw.qemu.descriptor import Descriptor, IgvmMapping
 from igvmfw.qemu.schema import Profile, check_schema
@@ -26,6 +27,18 @@ def made(
     image = IgvmFile.parse(samples.small(*platforms))
     payloads = [OVMF] * len(platforms) if payloads is None else payloads
     return describe(image, payloads, filename="/f.igvm", profile=profile, stated=stated)
+
+
+def with_facts(
+    *facts: UefiFacts | None, payload: Payload = OVMF, profile: Profile = Profile.IGVMFW
+) -> Description:
+    image = IgvmFile.parse(samples.small(Platform.NATIVE, Platform.SEV))
+    return describe(image, [payload] * 2, facts, filename="/f.igvm", profile=profile)
+
+
+def uefi(**true: bool) -> UefiFacts:
+    names = ("secure_boot", "smm", "variable_service", "enrolled_keys")
+    return UefiFacts(**{name: true.get(name, False) for name in names})
 
 
 def reasons(description: Description) -> dict[str, str]:
@@ -82,6 +95,39 @@ def test_the_profile_upstream_leaves_out_what_qemu_has_no_word_for() -> None:
 def test_a_vtpm_that_only_some_guests_get_is_not_promised() -> None:
     description = made(Platform.NATIVE, Platform.SEV_SNP, payloads=[OVMF, VTPM])
     assert "vtpm" not in description.descriptor.features
+
+
+@pytest.mark.parametrize(
+    ("facts", "features"),
+    [
+        (uefi(), []),
+        (uefi(secure_boot=True), []),
+        (uefi(secure_boot=True, smm=True), ["requires-smm", "secure-boot"]),
+        (uefi(secure_boot=True, enrolled_keys=True), ["enrolled-keys", "secure-boot"]),
+        (uefi(secure_boot=True, variable_service=True), ["secure-boot", "host-uefi-vars"]),
+        (uefi(enrolled_keys=True, smm=True), ["enrolled-keys", "requires-smm"]),
+    ],
+)
+def test_what_the_firmware_says_about_itself(facts: UefiFacts, features: list[str]) -> None:
+    description = with_facts(facts, facts)
+    assert list(description.descriptor.features) == ["amd-sev", *features]
+    assert all(reasons(description)[feature] for feature in features)
+    assert check_schema(description.descriptor.to_dict(), Profile.UPSTREAM) == ()
+    # what one platform's firmware has not, the descriptor does not promise
+    assert with_facts(facts, uefi()).descriptor.features == ("amd-sev",)
+    assert with_facts(facts, None).descriptor.features == ("amd-sev",)
+
+
+def test_secure_boot_that_nothing_protects_is_explained() -> None:
+    description = with_facts(uefi(secure_boot=True), uefi(secure_boot=True))
+    assert reasons(description)["secure-boot"].startswith("left out")
+
+
+def test_variables_that_the_file_itself_serves_are_not_the_hosts() -> None:
+    facts = uefi(secure_boot=True, variable_service=True)
+    payload = Payload(firmware="OVMF", svsm="COCONUT-SVSM", uefi_variables=True)
+    description = with_facts(facts, facts, payload=payload)
+    assert description.descriptor.features == ("amd-sev", "secure-boot")
 
 
 def test_what_is_stated_is_taken() -> None:
