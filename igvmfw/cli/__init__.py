@@ -33,6 +33,7 @@ class _Listed(NamedTuple):
 
 COMMANDS = {
     "inspect": _Listed("igvmfw.cli.image", "show what is inside IGVM files"),
+    "check": _Listed("igvmfw.cli.check", "say whether QEMU would launch an IGVM file"),
     "measure": _Listed("igvmfw.cli.image", "compute the launch digest of an IGVM file"),
     "wrap": _Listed("igvmfw.cli.image", "turn a raw OVMF image into an IGVM file"),
     "describe": _Listed("igvmfw.cli.firmware", "write the firmware descriptor of an IGVM file"),

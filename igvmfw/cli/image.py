@@ -60,12 +60,12 @@ def _measure_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="an IGVM file; - is standard input")
     parser.add_argument(
         "--platform",
-        type=_platform,
+        type=platform_word,
         metavar="P",
         help="sev, sev-es or sev-snp; may be left out where the file has one of them",
     )
     parser.add_argument(
-        "--vcpus", type=_count, default=1, metavar="N", help="vCPUs of the guest (default 1)"
+        "--vcpus", type=count, default=1, metavar="N", help="vCPUs of the guest (default 1)"
     )
     parser.add_argument(
         "--cpu",
@@ -131,7 +131,7 @@ def _wrap_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help="the IGVM file")
     parser.add_argument(
         "--platform",
-        type=_platform,
+        type=platform_word,
         action="append",
         metavar="P",
         help="native, sev, sev-es or sev-snp; may be repeated (default: native)",
@@ -141,7 +141,7 @@ def _wrap_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--vcpus",
-        type=_count,
+        type=count,
         default=1,
         metavar="N",
         help="vCPUs that get a VMSA on SEV-ES (default 1)",
@@ -197,10 +197,11 @@ def _policy(text: str, platforms: list[Platform]) -> tuple[Platform, int]:
         ) from None
     if not 0 <= value < 1 << 64:
         raise UsageError(f"--policy {text}: the policy has 64 bits")
-    return (_platform(name) if name else protected[0]), value
+    return (platform_word(name) if name else protected[0]), value
 
 
-def _platform(text: str) -> Platform:
+def platform_word(text: str) -> Platform:
+    """An argument that names a platform."""
     try:
         return Platform(text)
     except ValueError:
@@ -209,7 +210,8 @@ def _platform(text: str) -> Platform:
         ) from None
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """An argument that is a count of 1 or more."""
     try:
         value = int(text)
     except ValueError:

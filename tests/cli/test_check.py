@@ -1,0 +1,83 @@
+"""check as it is typed."""
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from igvmfw.cli import main
+from igvmfw.igvm.builder import ImageBuilder
+from igvmfw.igvm.headers import Madt, ParameterArea
+from igvmfw.platforms import Platform
+from tests.igvm import samples
+
+SCHEMA = Path(__file__).parents[2] / "schemas" / "check.json"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    builder = ImageBuilder()
+    builder.add(samples.platform(Platform.NATIVE, 1))
+    builder.add_page(0x1000, 1, samples.PAGE)
+    builder.add(ParameterArea(4096, 0))
+    builder.add(Madt(0, 0))
+    path = tmp_path / "madt.igvm"
+    path.write_bytes(builder.build())
+    return path
+
+
+@pytest.mark.parametrize(("qemu", "code"), [("10.1", 1), ("10.2.2", 1), ("11.0", 0), ("12.1", 0)])
+def test_the_release_decides(
+    file: Path, qemu: str, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", "--qemu", qemu, str(file)]) == code
+    out = capsys.readouterr().out
+    assert ("header-unknown" in out) == bool(code)
+    assert ("offset 0x" in out) == bool(code)
+
+
+def test_json_is_what_the_schema_says(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["check", "--json", "--qemu", "10.2", "--platform", "native", "--platform", "tdx"]
+    assert main([*words, str(file)]) == 1
+    document = json.loads(capsys.readouterr().out)
+    jsonschema.validate(document, json.loads(SCHEMA.read_bytes()))
+    assert [item["platform"] for item in document["platforms"]] == ["native", "tdx"]
+    assert document["platforms"][0]["findings"][0]["remedy"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["--qemu", "9.2"], 2),
+        (["--qemu", "new"], 2),
+        (["--qemu", "10.2", "--emulator", "/bin/true"], 2),
+        (["--emulator", "/bin/true"], 4),
+        (["--emulator", "/does/not/exist"], 4),
+        (["--vcpus", "none"], 2),
+    ],
+)
+def test_what_a_tired_person_gets_wrong(
+    file: Path, words: list[str], code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", *words, str(file)]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("igvmfw: error: ")
+    assert err.count("\n") == 1
+
+
+def test_a_damaged_file_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "damaged.igvm"
+    path.write_bytes(samples.small()[:200])
+    assert main(["check", "--qemu", "10.2", str(path)]) == 3
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_an_emulator_is_asked(
+    file: Path, igvm_qemu: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main(["check", "--emulator", str(igvm_qemu), str(file)])
+    out = capsys.readouterr().out
+    assert "QEMU 1" in out
+    assert code == int("10.2" in out)
