@@ -31,6 +31,7 @@ from igvmfw.qemu.schema import Profile, known_features, known_interfaces
 ARCHITECTURE = "x86_64"
 MACHINE_FAMILIES = ("pc-q35-", "pc-i440fx-")
 UEFI = "uefi"
+PRESET = "by the preset for the file that distributions ship at this place"
 UNTAKEN = (Platform.TDX,)  # up to QEMU 11.0
 
 # COCONUT-SVSM keeps its state on one raw virtio-mmio disk; its documentation makes 8 MiB
@@ -91,6 +92,7 @@ def describe(
     filename: str,
     profile: Profile = Profile.IGVMFW,
     stated: Stated | None = None,
+    preset: Stated | None = None,
     tags: tuple[str, ...] = (),
 ) -> Description:
     """Make the descriptor of an IGVM file.
@@ -102,25 +104,24 @@ def describe(
         filename: The path that the descriptor names.
         profile: What the descriptor may hold.
         stated: What the caller adds.
+        preset: What counts where neither the caller nor the file says anything.
         tags: Tags for the descriptor.
     Raises:
         RefusedError: No QEMU takes such a file.
         UsageError: Something has to be stated that the file cannot tell, or what is stated is not
             among what firmware.json knows.
     """
-    stated = stated or Stated()
+    stated, preset = stated or Stated(), preset or Stated()
     _check_usable(image)
     reasons: list[Reason] = []
-    interfaces = _interfaces(payloads, stated, reasons)
+    interfaces = _interfaces(payloads, stated, preset, reasons)
     found = _platform_features(image)
     found |= _vtpm_feature(payloads, profile, reasons)
     found |= _uefi_features(payloads, facts, reasons)
+    found = dict.fromkeys(preset.features, PRESET) | found
     features = _features(found, profile, stated, reasons)
     storage = _storage(payloads, profile, reasons)
-    machines = stated.machines or tuple(f"{family}*" for family in MACHINE_FAMILIES)
-    _check_machines(machines)
-    said = "stated" if stated.machines else "the machine types of QEMU that take IGVM files"
-    reasons += [Reason(item=machine, text=said) for machine in machines]
+    machines = _machines(stated, preset, reasons)
     descriptor = Descriptor(
         description=stated.description or describe_text(image, payloads),
         interface_types=interfaces,
@@ -148,7 +149,7 @@ def _check_usable(image: IgvmFile) -> None:
 
 
 def _interfaces(
-    payloads: Sequence[Payload], stated: Stated, reasons: list[Reason]
+    payloads: Sequence[Payload], stated: Stated, preset: Stated, reasons: list[Reason]
 ) -> tuple[str, ...]:
     if stated.interface_types:
         known = known_interfaces()
@@ -160,6 +161,9 @@ def _interfaces(
         reasons += [Reason(item=item, text="stated") for item in stated.interface_types]
         return stated.interface_types
     if not payloads or any(payload.firmware is None for payload in payloads):
+        if preset.interface_types:
+            reasons += [Reason(item=item, text=PRESET) for item in preset.interface_types]
+            return preset.interface_types
         raise UsageError(
             "cannot tell which interface the firmware has for the guest: no OVMF in the file",
             hint="firmware.json requires it: state it with --interface uefi (or bios, …)",
@@ -251,6 +255,18 @@ def _storage(
         return None
     reasons.append(Reason(item=VTPM_STORAGE, text=why))
     return COCONUT_STORAGE
+
+
+def _machines(stated: Stated, preset: Stated, reasons: list[Reason]) -> tuple[str, ...]:
+    machines, why = stated.machines, "stated"
+    if not machines:
+        machines, why = preset.machines, PRESET
+    if not machines:
+        machines = tuple(f"{family}*" for family in MACHINE_FAMILIES)
+        why = "the machine types of QEMU that take IGVM files"
+    _check_machines(machines)
+    reasons += [Reason(item=machine, text=why) for machine in machines]
+    return machines
 
 
 def _check_machines(globs: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from igvmfw import files, rooted
+from igvmfw import files, presets, rooted
 from igvmfw.describe import Description, Stated, describe
 from igvmfw.errors import IgvmfwError, InputError
 from igvmfw.igvm.image import IgvmFile
@@ -131,7 +131,7 @@ def describe_file(
     note_time: bool = False,
     tags: Sequence[str] = (),
 ) -> Description:
-    """Read an IGVM file and describe it.
+    """Read an IGVM file and describe it, with the preset of its place where there is one.
 
     Args:
         path: The file, as the host names it; below `root`.
@@ -161,6 +161,7 @@ def describe_file(
             image = IgvmFile.parse(data)
             payloads = [identify(image, platform) for platform in image.supported]
             facts = [find_facts(firmware_image(image, platform)) for platform in image.supported]
+            preset = presets.find(inner)
             identity = FileIdentity.of(data, info if note_time else None)
             return describe(
                 image,
@@ -169,6 +170,7 @@ def describe_file(
                 filename=inner,
                 profile=profile,
                 stated=stated,
+                preset=presets.stated(preset) if preset is not None else None,
                 tags=(*tags, identity.tag()),
             )
     except IgvmfwError as error:

@@ -61,20 +61,20 @@ def described(place: Place) -> dict[str, str]:
 def test_new_changed_gone(place: Place, make: Make) -> None:
     assert run(place) == Refreshed(actions=(), problems=())
     assert not place.directory.exists()
-    file = make("usr/share/edk2/ovmf/OVMF.igvm")
-    assert kinds(run(place)) == {"70-edk2-ovmf-OVMF.json": "write"}
-    path = place.directory / "70-edk2-ovmf-OVMF.json"
+    file = make("usr/share/edk2/ovmf/MINE.igvm")
+    assert kinds(run(place)) == {"70-edk2-ovmf-MINE.json": "write"}
+    path = place.directory / "70-edk2-ovmf-MINE.json"
     first = Descriptor.parse(path.read_bytes())
-    assert first.mapping.filename == "/usr/share/edk2/ovmf/OVMF.igvm"
+    assert first.mapping.filename == "/usr/share/edk2/ovmf/MINE.igvm"
     assert find_writer(first) is Writer.REFRESH
     assert is_untouched(first)
-    make("usr/share/edk2/ovmf/OVMF.igvm", Platform.SEV, Platform.SEV_ES)
-    assert kinds(run(place)) == {"70-edk2-ovmf-OVMF.json": "write"}
+    make("usr/share/edk2/ovmf/MINE.igvm", Platform.SEV, Platform.SEV_ES)
+    assert kinds(run(place)) == {"70-edk2-ovmf-MINE.json": "write"}
     assert Descriptor.parse(path.read_bytes()).features == ("amd-sev", "amd-sev-es")
     file.unlink()
-    assert kinds(run(place, dry_run=True)) == {"70-edk2-ovmf-OVMF.json": "remove"}
+    assert kinds(run(place, dry_run=True)) == {"70-edk2-ovmf-MINE.json": "remove"}
     assert path.exists()
-    assert kinds(run(place)) == {"70-edk2-ovmf-OVMF.json": "remove"}
+    assert kinds(run(place)) == {"70-edk2-ovmf-MINE.json": "remove"}
     assert list(place.directory.iterdir()) == []
 
 

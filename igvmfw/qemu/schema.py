@@ -4,6 +4,7 @@ Profile `upstream` is docs/interop/firmware.json of one QEMU release; profile `i
 of them plus the feature `vtpm` and, in an igvm mapping, the member `x-vtpm-storage`.
 """
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -47,12 +48,14 @@ def schema_name(profile: Profile, qemu: str = QEMU_VERSIONS[-1]) -> str:
     return "firmware-igvmfw" if profile is Profile.IGVMFW else f"firmware-{qemu}"
 
 
+@functools.cache
 def known_features(profile: Profile, qemu: str = QEMU_VERSIONS[-1]) -> tuple[str, ...]:
     """The features that a profile has a word for (FirmwareFeature)."""
     definitions = load_schema(schema_name(profile, qemu))["$defs"]
     return tuple(definitions["FirmwareFeature"]["enum"])
 
 
+@functools.cache
 def known_interfaces() -> tuple[str, ...]:
     """The firmware-OS interfaces that firmware.json has a word for (FirmwareOSInterface)."""
     definitions = load_schema(schema_name(Profile.IGVMFW))["$defs"]
