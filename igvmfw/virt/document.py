@@ -74,9 +74,15 @@ class Document:
             root = etree.fromstring(text.encode(), parser)
         except etree.XMLSyntaxError as error:
             line, column = error.position
+            # libxml2 says the place as well
+            message = (error.msg or "no content").removesuffix(f", line {line}, column {column}")
+            several = "Extra content" in message
             raise DomainError(
-                f"not well-formed XML: {error.msg or 'no content'}",
+                f"not well-formed XML: {message}",
                 where=f"line {line}, column {column}",
+                hint="give one domain; virt-install prints one with --print-xml 2"
+                if several
+                else None,
             ) from None
         _check_depth(root)
         prolog = _PROLOG.match(text)

@@ -3,7 +3,7 @@
 The driver needs an event loop that runs as long as a connection is open, and keeps everything it
 has below one directory (docs/drvqemu.rst, "Embedded driver").  A guest started with it outlives
 the process: QEMU goes on running, and the next one that opens the same directory finds it.  Only
-one process at a time can have a directory open.
+one process at a time can have a directory open, and a process one directory in its lifetime.
 """
 
 import contextlib

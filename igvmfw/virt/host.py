@@ -28,6 +28,10 @@ _REMEDIES = (
         "another process has this embedded driver's directory open: wait for it, or use another",
     ),
     (
+        r"Cannot open embedded driver .* already open",
+        "a process can use one directory in its lifetime: begin another process",
+    ),
+    (
         r"socket path.*too long",
         "use a shorter directory for the embedded driver: QEMU's sockets lie below it",
     ),

@@ -15,12 +15,10 @@ from igvmfw.cli import main
 from igvmfw.igvm.image import IgvmFile
 from igvmfw.igvm.measure import launch_digest
 from igvmfw.platforms import Platform
-from igvmfw.virt.document import canonical
 from igvmfw.virt.domain import Domain
 from igvmfw.virt.record import Record
 from tests.cli.test_image import one_line
 from tests.igvm import samples
-from tests.parts import need
 from tests.virt import domains
 
 Run = Callable[..., tuple[int, str, str]]
@@ -317,17 +315,3 @@ def test_define_without_igvm_is_virshs_define(
     document = json.loads(out)
     jsonschema.validate(document, json.loads(SCHEMA.read_text()))
     assert document == {"domain": "a", "igvm": None}
-
-
-def test_print_xml_defines_nothing(
-    run: Run, libvirt: None, root: Path, xml: Callable[[str], Path]
-) -> None:
-    need(Path("/usr/bin/qemu-system-x86_64").exists(), "a QEMU in /usr/bin")
-    uri = f"qemu:///embed?root={root}/embed"
-    code, out, err = run("define", "-c", uri, "--root", root, "--print-xml", xml(PLAIN))
-    if code == 4 and "libvirt-qemu" in err:
-        need(False, "the user libvirt-qemu")
-    assert code == 0, err
-    assert canonical(Domain.parse(out.encode()).document.tree)
-    assert "igvm-cfg=igvm0" in out
-    assert not list((root / "embed/etc/qemu").glob("*.xml"))

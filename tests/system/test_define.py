@@ -65,6 +65,18 @@ def test_dumpxml_shows_the_request(defined: str, file: Path, embed_root: Path) -
     assert kept(embed_root) == before
 
 
+def test_print_xml_defines_nothing(
+    uri: str, igvm_qemu: Path, file: Path, tmp_path: Path, embed_root: Path
+) -> None:
+    xml = tmp_path / "guest.xml"
+    xml.write_text(domain(igvm_qemu, file, kind="qemu"))
+    for command in ("define", "create"):
+        printed = igvmfw(command, "-c", uri, "--print-xml", xml)
+        assert printed.code == 0, printed.err
+        assert printed.out == igvmfw("rewrite", xml).out
+    assert not list((embed_root / "etc" / "qemu").glob("*.xml"))
+
+
 def test_edit_shows_the_request_and_stores_what_libvirt_takes(
     defined: str, monkeypatch: pytest.MonkeyPatch, embed_root: Path, ovmf: Path, tmp_path: Path
 ) -> None:

@@ -1,19 +1,17 @@
 """SEV and SEV-ES guests from an IGVM file: real libvirt, real QEMU, a stand-in for the host."""
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from igvmfw.errors import LibvirtError
 from igvmfw.igvm.image import IgvmFile
 from igvmfw.igvm.measure import launch_digest
-from igvmfw.launch import create
 from igvmfw.platforms import Platform
 from igvmfw.rewrite import rewrite
 from igvmfw.select import Choice
 from igvmfw.virt.domain import Domain
-from igvmfw.virt.host import connect
 from igvmfw.virt.record import Record
 from tests.system.guests import domain, igvmfw, wrap
 from tests.testbed.standin import SevEmulator
@@ -87,10 +85,21 @@ def test_a_file_without_the_platform_is_refused_before_libvirt_and_by_qemu(
     # had igvmfw let it pass, QEMU would not have
     choice = Choice(path=str(file), sha256="0" * 64, platform=Platform.SEV, policy=1)
     forced = rewrite(Domain.parse(xml.read_bytes()), choice, lock_memory=False).domain
-    with connect(uri) as connection, pytest.raises(LibvirtError) as caught:
-        create(connection, forced)
-    assert INCOMPATIBLE in str(caught.value)
-    assert "choose another file" in str(caught.value)
+    xml.write_bytes(forced.write())
+    program = (
+        "import sys\n"
+        "from igvmfw.launch import create\n"
+        "from igvmfw.virt.domain import Domain\n"
+        "from igvmfw.virt.host import connect\n"
+        "with connect(sys.argv[1]) as connection:\n"
+        "    create(connection, Domain.parse(open(sys.argv[2], 'rb').read()))\n"
+    )
+    words = [sys.executable, "-c", program, uri, str(xml)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode
+    error = done.stderr[done.stderr.index("igvmfw.errors.LibvirtError") :]
+    assert INCOMPATIBLE in error
+    assert "choose another file" in error
 
 
 def test_a_sev_es_policy_needs_a_sev_es_file(

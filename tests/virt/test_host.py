@@ -118,16 +118,24 @@ def test_preparing_a_root_twice_keeps_what_is_there(tmp_path: Path) -> None:
 
 
 def test_one_process_at_a_time_has_a_root_open(uri_of_root: str) -> None:
-    with connect(uri_of_root) as connection:
-        assert connection.uri
-        program = f"from igvmfw.virt.host import connect\nwith connect({uri_of_root!r}): pass"
-        done = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60
-        )
-    assert done.returncode
-    assert "another process has" in done.stderr
-    with connect(uri_of_root):  # and again after it was closed
-        pass
+    # in processes of their own: this one could not open another directory afterwards
+    within = f"from igvmfw.virt.host import connect\nwith connect({uri_of_root!r}):\n    "
+    words = (sys.executable, "-c")
+    holder = subprocess.Popen(
+        [*words, f"{within}print(1, flush=True); input()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline()
+    other = subprocess.run(
+        [*words, f"{within}pass"], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert "another process has" in other.stderr
+    holder.communicate(b"\n", timeout=60)
+    assert holder.returncode == 0
+    # and again after it was closed, twice in one process
+    subprocess.run([*words, f"{within}pass\n" * 2], check=True, timeout=60)
 
 
 @pytest.fixture
