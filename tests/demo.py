@@ -93,6 +93,8 @@ def igvmfw(*words: str | Path, quiet: bool = False) -> str:
 def end_guests() -> None:
     """Stop the guests of this demonstration, of an interrupted run too."""
     for file in LIBVIRT.glob("run/qemu/*.pid"):
+        if file.name == "driver.pid":
+            continue  # the driver's own: of the process that has this directory open
         try:
             os.kill(int(file.read_text()), signal.SIGKILL)
         except (OSError, ValueError):
