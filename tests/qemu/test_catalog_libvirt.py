@@ -15,20 +15,31 @@ from typing import Any
 
 import pytest
 
-from igvmfw.install import FIRST_TOLERANT_LIBVIRT
+from igvmfw import presets
+from igvmfw.install import FIRST_TOLERANT_LIBVIRT, Level, choose_place
 from igvmfw.qemu.catalog import State, glob_matches, load, search_path
+from igvmfw.resources import template_names
 from tests.parts import need
 from tests.qemu.test_catalog import SYSTEM, VENDOR, put
 from tests.qemu.test_descriptor import igvm_document
 
 OWN = "usr/share/igvmfw/firmware"
 
-# run inside the namespace: argv is the tree and libvirt's root directory
+# run inside the namespace: argv is libvirt's root directory
 ASK_LIBVIRT = """
 import sys, libvirt
 libvirt.virEventRegisterDefaultImpl()
 connection = libvirt.open("qemu:///embed?root=" + sys.argv[1])
 print(connection.getDomainCapabilities(None, "x86_64", "q35", "qemu"))
+"""
+# the emulator's command line for a domain that leaves the choice to libvirt
+ASK_AUTOSELECTION = """
+import sys, libvirt
+libvirt.virEventRegisterDefaultImpl()
+connection = libvirt.open("qemu:///embed?root=" + sys.argv[1])
+xml = "<domain type='qemu'><name>g</name><memory>65536</memory><os firmware='efi'>"
+xml += "<type arch='x86_64' machine='q35'>hvm</type></os><features><acpi/></features></domain>"
+print(connection.domainXMLToNative("qemu-argv", xml))
 """
 MOUNTS = """
 mkdir -p /etc/qemu
@@ -84,11 +95,13 @@ def build_tree(root: Path) -> None:
     (root / SYSTEM / "50-link.json").symlink_to("90-last.json")
 
 
-def ask_libvirt(root: Path, embed_root: Path) -> subprocess.CompletedProcess[str]:
+def ask_libvirt(
+    root: Path, embed_root: Path, question: str = ASK_LIBVIRT
+) -> subprocess.CompletedProcess[str]:
     need(os.geteuid() == 0, "root, for a mount namespace")
     pytest.importorskip("libvirt")
     answer = subprocess.run(
-        ["unshare", "-m", "sh", "-ec", MOUNTS, "-", root, sys.executable, ASK_LIBVIRT, embed_root],
+        ["unshare", "-m", "sh", "-ec", MOUNTS, "-", root, sys.executable, question, embed_root],
         capture_output=True,
         text=True,
         timeout=120,
@@ -106,6 +119,13 @@ def offered_by_libvirt(root: Path, embed_root: Path) -> tuple[str, list[str]]:
     capabilities = ET.fromstring(answer.stdout)
     values = capabilities.iterfind("os/loader/value")
     return capabilities.findtext("machine") or "", [Path(v.text or "").name for v in values]
+
+
+def autoselected(root: Path, embed_root: Path) -> list[str]:
+    """The firmware files of a domain that leaves the choice to libvirt."""
+    answer = ask_libvirt(root, embed_root, ASK_AUTOSELECTION)
+    assert answer.returncode == 0, answer.stderr
+    return re.findall(r'"filename":"([^"]*\.fd)"', answer.stdout)
 
 
 def offered_by_catalog(root: Path, machine: str) -> list[str]:
@@ -133,6 +153,22 @@ def test_libvirt_offers_the_same_in_the_same_order(tmp_path: Path, embed_root: P
     assert offered_by_catalog(tmp_path, machine) == offered
     assert [offered[0], offered[-1], len(offered)] == ["first-code.fd", "as-text-code.fd", 6]
     assert load(search_path(tmp_path, user=False)).available[0].name == "55-igvm.json"
+
+
+@pytest.mark.parametrize("level", [Level.SYSTEM, Level.VENDOR])
+def test_what_igvmfw_installs_leaves_libvirts_choice_alone(
+    tmp_path: Path, embed_root: Path, level: Level
+) -> None:
+    build_tree(tmp_path)
+    before = autoselected(tmp_path, embed_root)
+    assert f"{tmp_path}/first-code.fd" in before
+    place = choose_place(level)  # beside the libvirt of this host
+    for name in template_names():
+        directory = str(place.directory.relative_to("/"))
+        put(tmp_path, directory, f"05-{name}.json", presets.load(name).write())
+    assert autoselected(tmp_path, embed_root) == before
+    found = load(search_path(tmp_path, user=False), tmp_path)
+    assert [entry.name[:3] for entry in found.available] == ["05-", "05-", "55-"]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,13 @@ def test_the_distributions_emulator_answers() -> None:
     assert probed.version_text in emulator._run(probed.path, "--version").stdout
 
 
+def test_an_emulator_with_igvm(igvm_qemu: Path) -> None:
+    probed = emulator.probe(igvm_qemu)
+    assert probed.igvm
+    assert probed.version >= emulator.FIRST_IGVM
+    probed.require_igvm()
+
+
 def test_find_follows_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     for directory in (first, second):
