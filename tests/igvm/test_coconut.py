@@ -75,6 +75,6 @@ def test_the_digest_is_the_reference_crates(snp: Path, reference: Path) -> None:
     done = subprocess.run(
         [reference], input=str(snp), capture_output=True, text=True, check=True, timeout=60
     )
-    (stated,) = re.findall(r"\tdigest 2 ([0-9a-f]{96})", done.stdout)
+    stated = set(re.findall(r"\tdigest \w+ 2 ([0-9a-f]{96})", done.stdout))
     image = IgvmFile.parse(snp.read_bytes())
-    assert launch_digest(image, Platform.SEV_SNP, vmm=Vmm.SPEC).hex() == stated
+    assert {launch_digest(image, Platform.SEV_SNP, vmm=Vmm.SPEC).hex()} == stated
