@@ -13,8 +13,8 @@ from igvmfw import files, presets, rooted
 from igvmfw.describe import Description, Stated, describe
 from igvmfw.errors import IgvmfwError, InputError
 from igvmfw.igvm.image import IgvmFile
-from igvmfw.igvm.payload import Payload, identify
-from igvmfw.igvm.uefi import find_facts, firmware_image
+from igvmfw.igvm.payload import Payload, firmware_image, identify
+from igvmfw.igvm.uefi import find_facts
 from igvmfw.platforms import Platform
 from igvmfw.provenance import FileIdentity, described_file
 from igvmfw.qemu.catalog import Catalog, Entry

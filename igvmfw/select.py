@@ -13,15 +13,9 @@ from igvmfw.igvm.image import IgvmFile
 from igvmfw.igvm.spec import Architecture
 from igvmfw.platforms import Platform
 from igvmfw.qemu.catalog import Entry, State, Wanted, match
+from igvmfw.qemu.descriptor import PLATFORM_FEATURES
 from igvmfw.virt.domain import SEV_ES_POLICY, Request
 
-# firmware.json's name for each platform; the plain one needs none
-FEATURES: Mapping[Platform, str] = {
-    Platform.SEV: "amd-sev",
-    Platform.SEV_ES: "amd-sev-es",
-    Platform.SEV_SNP: "amd-sev-snp",
-    Platform.TDX: "intel-tdx",
-}
 # The policy of a domain that states none, when its file states none either.  SEV and SEV-ES:
 # virt-install's (no debugging, no key sharing; virtinst/domain/launch_security.py).  SEV-SNP:
 # QEMU's (SMT allowed; target/i386/sev.c, DEFAULT_SEV_SNP_POLICY).
@@ -204,8 +198,8 @@ def _named(
 
 def _wanted(request: Request, platform: Platform) -> Wanted:
     features = dict(request.features)
-    if platform in FEATURES:
-        features[FEATURES[platform]] = True
+    if platform in PLATFORM_FEATURES:
+        features[PLATFORM_FEATURES[platform]] = True
     return Wanted(architecture=request.architecture, machine=request.machine, features=features)
 
 

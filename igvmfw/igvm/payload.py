@@ -68,7 +68,7 @@ def identify(image: IgvmFile, platform: Platform | None = None) -> Payload:
             return Payload()
         platform = image.supported[0]
     pages = _memory(image, platform)
-    tables = _firmware_tables(image, pages)
+    tables = _tables(_below_4g(image, pages))
     firmware = "OVMF" if tables is not None else None
     # text alone proves nothing: the other marks count only beside the SVSM's own, and without it
     # nobody has to look for them
@@ -123,14 +123,29 @@ def _windows(image: IgvmFile, pages: dict[int, PageData]) -> Iterator[bytes]:
         expected = gpa + PAGE_SIZE
 
 
-def _firmware_tables(image: IgvmFile, pages: dict[int, PageData]) -> OvmfTables | None:
-    """The OVMF tables of what ends right below 4 GiB."""
+def firmware_image(image: IgvmFile, platform: Platform) -> bytes:
+    """The memory of a platform that ends right below 4 GiB, where its firmware lies.
+
+    Args:
+        image: The file.
+        platform: Whose memory.
+    Raises:
+        IgvmError: The file does not have the platform, or its data cannot be read.
+    """
+    return _below_4g(image, _memory(image, platform))
+
+
+def _below_4g(image: IgvmFile, pages: dict[int, PageData]) -> bytes:
     parts: list[memoryview | bytes] = []
     gpa = FOUR_GIB - PAGE_SIZE
     while (page := pages.get(gpa)) is not None and len(parts) * PAGE_SIZE < MAX_FIRMWARE:
         parts.append(image.data_of(page) if page.file_offset else ZERO_PAGE)
         gpa -= PAGE_SIZE
+    return b"".join(reversed(parts))
+
+
+def _tables(firmware: bytes) -> OvmfTables | None:
     try:
-        return find_tables(b"".join(reversed(parts)))
+        return find_tables(firmware)
     except FirmwareError:
         return None  # no OVMF that could be launched: an attacker's, or none

@@ -15,11 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from igvmfw.errors import IgvmError
-from igvmfw.igvm.headers import PageData
-from igvmfw.igvm.image import IgvmFile
 from igvmfw.igvm.reader import U32, U64, Layout
-from igvmfw.igvm.spec import PAGE_SIZE
-from igvmfw.platforms import Platform
 
 FOUR_GIB = 1 << 32
 MAX_FIRMWARE = 64 << 20  # bytes below 4 GiB that are looked at; real images have 2 to 16 MiB
@@ -68,30 +64,6 @@ class UefiFacts:
     smm: bool
     variable_service: bool
     enrolled_keys: bool
-
-
-def firmware_image(image: IgvmFile, platform: Platform) -> bytes:
-    """The memory of a platform that ends right below 4 GiB, where its firmware lies.
-
-    Args:
-        image: The file.
-        platform: Whose memory.
-    Raises:
-        IgvmError: The file does not have the platform, or its data cannot be read.
-    """
-    mask = image.mask_of(platform)
-    pages = {
-        header.gpa: header
-        for header in image.headers
-        if type(header) is PageData and header.compatibility_mask & mask
-    }
-    parts: list[bytes] = []
-    gpa = FOUR_GIB - PAGE_SIZE
-    while (page := pages.get(gpa)) is not None and len(parts) * PAGE_SIZE < MAX_FIRMWARE:
-        data = bytes(image.data_of(page)) if page.file_offset else b""
-        parts.append(data.ljust(PAGE_SIZE, b"\0"))
-        gpa -= PAGE_SIZE
-    return b"".join(reversed(parts))
 
 
 @functools.lru_cache(maxsize=4)  # platforms, and files, often share one image; unpacking is slow

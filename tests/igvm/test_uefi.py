@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from igvmfw.igvm.image import IgvmFile
+from igvmfw.igvm.payload import firmware_image
 from igvmfw.igvm.uefi import (
     MAX_UNPACKED,
     MM_COMMUNICATION,
     SECURE_BOOT_CONFIG,
     UefiFacts,
     find_facts,
-    firmware_image,
 )
 from igvmfw.igvm.wrap import wrap
 from igvmfw.platforms import Platform
