@@ -11,6 +11,8 @@ from igvmfw.files import STDIN, mapped, write_atomic
 from igvmfw.igvm.image import IgvmFile
 from igvmfw.platforms import Platform
 
+SHA384_SIZE = 48  # bytes
+
 
 def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -62,10 +64,15 @@ def _measure_arguments(parser: argparse.ArgumentParser) -> None:
         "--platform",
         type=platform_word,
         metavar="P",
-        help="sev, sev-es or sev-snp; may be left out where the file has one of them",
+        help="sev, sev-es, sev-snp, tdx or vsm; may be left out where the file has one of the "
+        "first three, or of the last two alone",
     )
     parser.add_argument(
-        "--vcpus", type=count, default=1, metavar="N", help="vCPUs of the guest (default 1)"
+        "--vcpus",
+        type=count,
+        default=1,
+        metavar="N",
+        help="vCPUs of the guest (default 1); the file's own order takes those that the file has",
     )
     parser.add_argument(
         "--cpu",
@@ -75,8 +82,8 @@ def _measure_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vmm",
         choices=("qemu", "spec"),
-        default="qemu",
-        help="whose order: QEMU's with KVM (default), or the file's own",
+        help="whose order: QEMU's with KVM (default where QEMU launches the platform), or the "
+        "file's own (the only one for tdx and vsm)",
     )
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--json", action="store_true", help="one JSON document")
@@ -84,29 +91,24 @@ def _measure_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _measure(args: argparse.Namespace) -> int:
-    from igvmfw.igvm.measure import MEASURED, Vmm, launch_digest
+    from igvmfw.igvm.measure import Vmm, default_vmm, launch_digest, stated_digest
     from igvmfw.qemu.cpus import signature
 
     cpu = signature(args.cpu) if args.cpu else None
     with mapped(args.file) as data:
         try:
             image = IgvmFile.parse(data)
-            platform = args.platform
-            if platform is None:
-                candidates = [item for item in image.supported if item in MEASURED]
-                if len(candidates) != 1:
-                    have = ", ".join(image.supported)
-                    raise UsageError(
-                        f"which platform? The file has: {have}", hint="name it with --platform"
-                    )
-                platform = candidates[0]
-            digest = launch_digest(
-                image, platform, vcpus=args.vcpus, cpu_signature=cpu, vmm=Vmm(args.vmm)
-            )
+            platform = args.platform or _only_platform(image)
+            vmm = Vmm(args.vmm) if args.vmm else default_vmm(platform)
+            digest = launch_digest(image, platform, vcpus=args.vcpus, cpu_signature=cpu, vmm=vmm)
+            stated = stated_digest(image) if platform is Platform.SEV_SNP else None
         except IgvmfwError as error:
             raise error.within(args.file) from None
+    differs = stated is not None and stated != digest
     if args.bare:
         emit(digest.hex())
+        if stated is not None and differs:
+            warn(f"{args.file}: {_id_block_text(stated, digest)}")
     elif args.json:
         emit_json(
             {
@@ -114,14 +116,45 @@ def _measure(args: argparse.Namespace) -> int:
                 "platform": platform.value,
                 "vcpus": args.vcpus,
                 "cpu_signature": cpu,
-                "vmm": args.vmm,
-                "algorithm": "sha384" if platform is Platform.SEV_SNP else "sha256",
+                "vmm": vmm.value,
+                "algorithm": "sha384" if len(digest) == SHA384_SIZE else "sha256",
                 "digest": digest.hex(),
+                "id_block": {"ld": stated.hex(), "matches": not differs} if stated else None,
             }
         )
     else:
-        emit(f"{digest.hex()}  {platform}  {args.vcpus} vCPU{'s' * (args.vcpus > 1)}  {args.file}")
-    return 0
+        vcpus = f"{args.vcpus} vCPU{'s' * (args.vcpus > 1)}"
+        order = vcpus if vmm is Vmm.QEMU else "file order"
+        emit(f"{digest.hex()}  {platform}  {order}  {args.file}")
+        if stated is not None:
+            emit(_id_block_text(stated, digest))
+    return int(differs)
+
+
+def _only_platform(image: IgvmFile) -> Platform:
+    """The platform that is meant where none is named.
+
+    Raises:
+        UsageError: The file leaves it open.
+    """
+    from igvmfw.igvm.measure import MEASURED, WITH_DIGEST
+
+    for known in (MEASURED, WITH_DIGEST):
+        candidates = [item for item in image.supported if item in known]
+        if len(candidates) == 1:
+            return candidates[0]
+        if candidates:
+            break
+    raise UsageError(
+        f"which platform? The file has: {', '.join(image.supported)}",
+        hint="name it with --platform",
+    )
+
+
+def _id_block_text(stated: bytes, digest: bytes) -> str:
+    if stated == digest:
+        return "the ID block states this digest"
+    return f"the ID block states another digest, a launch with this one is refused: {stated.hex()}"
 
 
 def _wrap_arguments(parser: argparse.ArgumentParser) -> None:

@@ -322,6 +322,12 @@ class ParameterArea(Header):
         return Extent(self.file_offset, self.number_of_bytes) if self.file_offset else None
 
 
+# plain numbers: an IntFlag's & makes a member, which thousands of pages would wait for
+_IS_2MB_PAGE = int(PageDataFlags.IS_2MB_PAGE)
+_UNMEASURED = int(PageDataFlags.UNMEASURED)
+_SHARED = int(PageDataFlags.SHARED)
+
+
 @dataclass(frozen=True, slots=True)
 class PageData(Header):
     """IGVM_VHS_PAGE_DATA: one page of guest memory."""
@@ -338,22 +344,22 @@ class PageData(Header):
     @property
     def is_2mb_page(self) -> bool:
         """The page covers 2 MiB of guest memory."""
-        return bool(self.flags & PageDataFlags.IS_2MB_PAGE)
+        return bool(self.flags & _IS_2MB_PAGE)
 
     @property
     def unmeasured(self) -> bool:
         """The page is not part of the launch measurement."""
-        return bool(self.flags & PageDataFlags.UNMEASURED)
+        return bool(self.flags & _UNMEASURED)
 
     @property
     def shared(self) -> bool:
         """The page stays visible to the host, and unmeasured."""
-        return bool(self.flags & PageDataFlags.SHARED)
+        return bool(self.flags & _SHARED)
 
     @property
     def guest_size(self) -> int:
         """Bytes of guest memory the page covers."""
-        return LARGE_PAGE_SIZE if self.flags & PageDataFlags.IS_2MB_PAGE else PAGE_SIZE
+        return LARGE_PAGE_SIZE if self.flags & _IS_2MB_PAGE else PAGE_SIZE
 
     def breaches(self) -> Iterator[Breach]:  # noqa: D102
         yield from _aligned("GPA", self.gpa, self.guest_size)

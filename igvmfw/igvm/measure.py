@@ -12,11 +12,14 @@ SEV-SNP firmware ABI, section 8.17.2, PAGE_INFO (a chain of SHA-384).
 import hashlib
 from collections.abc import Iterator
 from enum import StrEnum
+from itertools import count
 from typing import NamedTuple
 
-from igvmfw.errors import IgvmError, RefusedError, UsageError
-from igvmfw.igvm.headers import PageData, ParameterArea, ParameterInsert, VpContext
-from igvmfw.igvm.image import IgvmFile
+from igvmfw.errors import RefusedError, UsageError
+from igvmfw.igvm.guestpages import ZERO_PAGE, GuestPages, PageSource
+from igvmfw.igvm.headers import PageData, ParameterInsert, SnpIdBlock, VpContext
+from igvmfw.igvm.image import IgvmFile, mask_in
+from igvmfw.igvm.measure_spec import mrtd, vbs_boot_digest
 from igvmfw.igvm.reader import Layout
 from igvmfw.igvm.spec import (
     PAGE_SIZE,
@@ -27,9 +30,8 @@ from igvmfw.igvm.vpcontext import SEV_FEATURE_SNP_ACTIVE, Segment, Vmsa
 from igvmfw.igvm.wrap import MAX_VCPUS, RESET_ADDRESS, reset_vmsa
 from igvmfw.platforms import Platform
 
-ZERO_PAGE = bytes(PAGE_SIZE)
-MAX_INSERT = 1 << 30  # bytes of one parameter area: more is no parameter, and would take minutes
-MEASURED = (Platform.SEV, Platform.SEV_ES, Platform.SEV_SNP)
+MEASURED = (Platform.SEV, Platform.SEV_ES, Platform.SEV_SNP)  # where QEMU launches them
+WITH_DIGEST = (*MEASURED, Platform.TDX, Platform.VSM)
 
 
 class Vmm(StrEnum):
@@ -37,6 +39,11 @@ class Vmm(StrEnum):
 
     QEMU = "qemu"
     SPEC = "spec"
+
+
+def default_vmm(platform: Platform) -> Vmm:
+    """QEMU where it launches the platform from an IGVM file, else the file's own order."""
+    return Vmm.QEMU if platform in MEASURED else Vmm.SPEC
 
 
 class PageType(NamedTuple):
@@ -54,11 +61,24 @@ CPUID = PageType(6, False)
 
 
 class Update(NamedTuple):
-    """Pages handed over in one go: guest address, and either one source per page or a count."""
+    """Pages handed over in one go: the guest address of the first, and their places in the file.
+
+    An offset of 0 is a page of zeroes.
+    """
 
     gpa: int
     page_type: PageType
-    pages: list[memoryview | bytes]
+    offsets: list[int]
+    content: memoryview
+
+    @property
+    def pages(self) -> list[memoryview | bytes]:
+        """The contents, 4 KiB each."""
+        return [self.page(offset) for offset in self.offsets]
+
+    def page(self, offset: int) -> memoryview | bytes:
+        """The contents of the page at an offset."""
+        return self.content[offset : offset + PAGE_SIZE] if offset else ZERO_PAGE
 
 
 def launch_digest(
@@ -67,120 +87,166 @@ def launch_digest(
     *,
     vcpus: int = 1,
     cpu_signature: int | None = None,
-    vmm: Vmm = Vmm.QEMU,
+    vmm: Vmm | None = None,
 ) -> bytes:
-    """The launch digest: 32 bytes for SEV and SEV-ES, 48 for SEV-SNP.
+    """The launch digest: 48 bytes for SEV-SNP and TDX (MRTD), 32 for SEV, SEV-ES and VSM.
 
     Args:
         image: The file.
-        platform: sev, sev-es or sev-snp; the others have no digest of this kind.
-        vcpus: Of the guest.
+        platform: native and cca have no digest of this kind.
+        vcpus: Of the guest; the file's own order knows only those that the file has.
         cpu_signature: CPUID leaf 1 EAX of the guest's CPU model; needed where a vCPU has no VP
             context in the file, because it starts with its signature in RDX.
-        vmm: Whose order.
+        vmm: Whose order; the default is `default_vmm`.
     Raises:
-        IgvmError: The file lacks the platform, or its data cannot be read.
+        IgvmError: The file lacks the platform, breaks a rule of the format, or names more memory
+            without data than igvmfw measures.
         RefusedError: QEMU would not launch the file on the platform.
-        UsageError: The platform has no digest, the vCPU count is out of bounds, or a signature is
-            needed.
+        UsageError: The platform has no digest, or none with this VMM; the vCPU count is out of
+            bounds, or a signature is needed.
     """
-    if platform not in MEASURED:
-        raise UsageError(
-            f"a {platform} launch has no digest that igvmfw computes",
-            hint=f"only: {', '.join(MEASURED)}",
-        )
-    if not 1 <= vcpus <= MAX_VCPUS:
-        raise UsageError(f"{vcpus} vCPUs: must be 1 to {MAX_VCPUS}")
+    vmm = vmm or default_vmm(platform)
+    _check_request(platform, vcpus, vmm)
+    if image.problems:  # read leniently: no loader takes it
+        raise image.problems[0].error()
+    if platform is Platform.TDX:
+        return mrtd(image)
+    if platform is Platform.VSM:
+        return vbs_boot_digest(image)
     if platform is Platform.SEV_SNP:
         return _snp_digest(image, vcpus, cpu_signature, vmm)
     digest = hashlib.sha256()
     for update in launch_updates(image, platform, vmm):
-        for page in update.pages:
-            digest.update(page)
-    if platform is Platform.SEV_ES:
-        for vmsa in launch_vmsas(image, platform, vcpus, cpu_signature, vmm):
+        for offset in update.offsets:
+            digest.update(update.page(offset))
+    if platform is Platform.SEV_ES and vmm is Vmm.QEMU:
+        for vmsa in launch_vmsas(image, platform, vcpus, cpu_signature):
             digest.update(vmsa.content)
     return digest.digest()
 
 
-_PAGE_INFO_HEAD = 48  # bytes of a digest
-_PAGE_INFO_TAIL = Layout("HBBIQ")
-_PAGE_INFO_SIZE = 2 * _PAGE_INFO_HEAD + _PAGE_INFO_TAIL.size
+def _check_request(platform: Platform, vcpus: int, vmm: Vmm) -> None:
+    if platform not in WITH_DIGEST:
+        raise UsageError(
+            f"a {platform} launch has no digest that igvmfw computes",
+            hint=f"only: {', '.join(WITH_DIGEST)}",
+        )
+    if vmm is Vmm.QEMU and platform not in MEASURED:
+        raise UsageError(
+            f"QEMU launches no {platform} guest from an IGVM file: there is no such digest",
+            hint=f"leave the VMM out, or name {Vmm.SPEC}, for the digest in the file's own order",
+        )
+    if not 1 <= vcpus <= MAX_VCPUS:
+        raise UsageError(f"{vcpus} vCPUs: must be 1 to {MAX_VCPUS}")
+
+
+def stated_digest(image: IgvmFile) -> bytes | None:
+    """The launch digest that the file's ID block states for SEV-SNP; None where it has no block.
+
+    The firmware refuses a launch that comes to another digest.
+
+    Raises:
+        IgvmError: The file lacks the platform.
+        RefusedError: The file has more than one block, and a launch takes one.
+    """
+    headers = image.for_platform(Platform.SEV_SNP)
+    stated = [header.ld for header in headers if isinstance(header, SnpIdBlock)]
+    if len(stated) > 1:
+        raise RefusedError(
+            f"the file has {len(stated)} ID blocks for {Platform.SEV_SNP}, a launch takes one",
+            hint="QEMU refuses it; sign the image anew",
+        )
+    return stated[0] if stated else None
+
+
+_DIGEST = 48  # bytes of a SHA-384
+_PAGE_INFO = Layout(f"{_DIGEST}s{_DIGEST}sHBBIQ")
 
 
 def _snp_digest(image: IgvmFile, vcpus: int, signature: int | None, vmm: Vmm) -> bytes:
-    digest = bytes(_PAGE_INFO_HEAD)
-    empty = bytes(_PAGE_INFO_HEAD)
-
-    def extend(page_type: PageType, contents: bytes, gpa: int) -> bytes:
-        tail = _PAGE_INFO_TAIL.write(_PAGE_INFO_SIZE, page_type.number, 0, 0, gpa)
-        return hashlib.sha384(digest + contents + tail).digest()
-
+    """The chain of PAGE_INFO structures; each place in the file is hashed once."""
+    sha384, page_info, size = hashlib.sha384, _PAGE_INFO.write, _PAGE_INFO.size
+    digest = nothing = bytes(_DIGEST)
+    known = {0: sha384(ZERO_PAGE).digest()}
     for update in launch_updates(image, Platform.SEV_SNP, vmm):
-        gpa = update.gpa
-        for page in update.pages:
-            contents = hashlib.sha384(page).digest() if update.page_type.measured else empty
-            digest = extend(update.page_type, contents, gpa)
-            gpa += PAGE_SIZE
+        number, measured = update.page_type
+        for gpa, offset in zip(count(update.gpa, PAGE_SIZE), update.offsets, strict=False):
+            contents = nothing
+            if measured:
+                contents = known.get(offset, nothing)
+                if contents is nothing:
+                    contents = known[offset] = sha384(update.page(offset)).digest()
+            digest = sha384(page_info(digest, contents, size, number, 0, 0, gpa)).digest()
     if vmm is Vmm.QEMU:
-        for vmsa in launch_vmsas(image, Platform.SEV_SNP, vcpus, signature, vmm):
-            digest = extend(VMSA, hashlib.sha384(vmsa.content).digest(), SEV_VMSA_GPA)
+        for vmsa in launch_vmsas(image, Platform.SEV_SNP, vcpus, signature):
+            contents = sha384(vmsa.content).digest()
+            info = page_info(digest, contents, size, VMSA.number, 0, 0, SEV_VMSA_GPA)
+            digest = sha384(info).digest()
     return digest
 
 
 def launch_updates(image: IgvmFile, platform: Platform, vmm: Vmm) -> Iterator[Update]:
-    """What a loader hands over to be measured, in its order.
+    """What a loader hands over to be measured on SEV, SEV-ES or SEV-SNP, in its order.
 
-    On SEV and SEV-ES only what is encrypted and measured; on SEV-SNP all pages, and for
-    `Vmm.SPEC` also the VMSAs where the file has them.
+    On SEV and SEV-ES only what is encrypted and measured; on SEV-SNP all pages.  For `Vmm.SPEC`
+    also the VMSAs, where the file has them.
 
     Raises:
-        IgvmError: The file lacks the platform, or its data cannot be read.
+        IgvmError: The file lacks the platform, or names too much memory without data.
         RefusedError: The loader would not take the file.
     """
     snp = platform is Platform.SEV_SNP
-    updates = (
-        _in_qemu_order(image, platform) if vmm is Vmm.QEMU else _in_file_order(image, platform)
-    )
-    for update in updates:
+    for update in _updates(image, platform, vmm):
         if not snp and update.page_type in (SECRETS, CPUID):
             raise RefusedError(
                 f"the file has a page at 0x{update.gpa:x} of a type that only SEV-SNP knows",
                 hint=f"QEMU refuses it for {platform}; use another image",
             )
-        if snp or update.page_type is NORMAL:
+        if snp or update.page_type.measured:
             yield update
 
 
-def _in_file_order(image: IgvmFile, platform: Platform) -> Iterator[Update]:
-    sizes = _area_sizes(image)
-    for header in image.for_platform(platform):
-        if isinstance(header, PageData):
-            if not header.shared:
-                yield _region(image, [header])
-        elif isinstance(header, ParameterInsert):
-            yield _insert(header, sizes)
-        elif isinstance(header, VpContext) and platform is Platform.SEV_SNP:
-            yield Update(header.gpa, VMSA, [image.data_of(header)])
+def _updates(image: IgvmFile, platform: Platform, vmm: Vmm) -> Iterator[Update]:
+    """All updates: a region of pages is handed over when something follows that does not join it.
 
-
-def _in_qemu_order(image: IgvmFile, platform: Platform) -> Iterator[Update]:
-    """Regions as qigvm_process_mem_page forms them: flushed only when the next one begins."""
-    sizes = _area_sizes(image)
+    QEMU (qigvm_process_mem_page) notices only pages, so that what else stands between two regions
+    comes before the first.  It numbers the headers that libigvm gives it, which leaves out those
+    that apply to no platform.
+    """
     mask = image.mask_of(platform)
+    in_file_order = vmm is Vmm.SPEC
+    contexts = in_file_order and platform is not Platform.SEV
+    source = PageSource(image)
     region: list[PageData] = []
-    last = -1
-    for index, header in enumerate(image.headers):
-        if isinstance(header, PageData) and header.compatibility_mask & mask:
+    index = last = -1
+
+    def flushed() -> Update:
+        pages = source.region(region)
+        page_type = _page_type(region[0])
+        region.clear()
+        return _update(image, page_type, pages)
+
+    for header in image.headers:
+        applies = mask_in(header)
+        index += applies != 0
+        if not applies & mask:
+            continue
+        if type(header) is PageData:
+            if in_file_order and header.shared:
+                continue
             if region and (index != last + 1 or not _joins(region[-1], header)):
-                yield _region(image, region)
-                region = []
+                yield flushed()
             region.append(header)
             last = index
-        elif isinstance(header, ParameterInsert) and header.compatibility_mask & mask:
-            yield _insert(header, sizes)
+        elif isinstance(header, ParameterInsert) or (contexts and isinstance(header, VpContext)):
+            if in_file_order and region:
+                yield flushed()
+            if isinstance(header, ParameterInsert):
+                yield _update(image, UNMEASURED, source.inserted(header))
+            else:
+                yield Update(header.gpa, VMSA, [header.file_offset], image.content)
     if region:
-        yield _region(image, region)
+        yield flushed()
 
 
 def _joins(page: PageData, following: PageData) -> bool:
@@ -193,72 +259,51 @@ def _joins(page: PageData, following: PageData) -> bool:
     )
 
 
-def _region(image: IgvmFile, pages: list[PageData]) -> Update:
-    first = pages[0]
-    page_type = {
-        PageDataType.SECRETS: SECRETS,
-        PageDataType.CPUID_DATA: CPUID,
-        PageDataType.CPUID_XF: CPUID,
-    }.get(PageDataType(first.data_type), UNMEASURED if first.unmeasured else NORMAL)
-    contents: list[memoryview | bytes] = []
-    for page in pages:
-        contents.append(image.data_of(page) if page.file_offset else ZERO_PAGE)
-        # data covers 4 KiB; the rest of a 2 MiB page is zero
-        contents += [ZERO_PAGE] * (page.guest_size // PAGE_SIZE - 1)
-    return Update(first.gpa, page_type, contents)
+_SPECIAL = {
+    PageDataType.SECRETS: SECRETS,
+    PageDataType.CPUID_DATA: CPUID,
+    PageDataType.CPUID_XF: CPUID,
+}
 
 
-def _area_sizes(image: IgvmFile) -> dict[int, int]:
-    return {
-        header.parameter_area_index: header.number_of_bytes
-        for header in image.headers
-        if isinstance(header, ParameterArea)
-    }
+def _page_type(page: PageData) -> PageType:
+    special = _SPECIAL.get(page.data_type)  # type: ignore[call-overload]
+    return special or (UNMEASURED if page.unmeasured else NORMAL)
 
 
-def _insert(header: ParameterInsert, sizes: dict[int, int]) -> Update:
-    size = sizes[header.parameter_area_index]
-    if size > MAX_INSERT:
-        raise IgvmError(
-            f"parameter area {header.parameter_area_index} has {size} bytes, no loader takes more "
-            f"than {MAX_INSERT}"
-        )
-    return Update(header.gpa, UNMEASURED, [ZERO_PAGE] * (size // PAGE_SIZE))
+def _update(image: IgvmFile, page_type: PageType, pages: GuestPages) -> Update:
+    return Update(pages.gpa, page_type, pages.offsets, image.content)
 
 
 def launch_vmsas(
-    image: IgvmFile,
-    platform: Platform,
-    vcpus: int,
-    cpu_signature: int | None,
-    vmm: Vmm,
+    image: IgvmFile, platform: Platform, vcpus: int, cpu_signature: int | None
 ) -> Iterator[Vmsa]:
-    """The VMSA of each vCPU as it is measured, vCPU 0 first.
+    """The VMSA of each vCPU as KVM measures it, vCPU 0 first.
 
     Raises:
         RefusedError: The file has a context for a vCPU that the guest does not have.
         UsageError: A vCPU has no context, and no signature is given.
     """
     mask = image.mask_of(platform)
-    contexts: dict[int, Vmsa] = {}
+    contexts: dict[int, VpContext] = {}
     for header in image.headers:
         if isinstance(header, VpContext) and header.compatibility_mask & mask:
-            contexts[header.vp_index] = Vmsa.parse(image.data_of(header))
-    if vmm is Vmm.SPEC:
-        yield from (contexts[index] for index in sorted(contexts))
-        return
+            contexts[header.vp_index] = header
     beyond = [index for index in contexts if index >= vcpus]
     if beyond:
         raise RefusedError(
             f"the file sets vCPU {max(beyond)}, the guest has only {vcpus}",
             hint=f"give the guest at least {max(beyond) + 1} vCPUs, or use another image",
         )
-    features = contexts[0]["sev_features"] if 0 in contexts else 0
+    boot = contexts.get(0)
+    features = Vmsa.parse(image.data_of(boot))["sev_features"] if boot else 0
     if platform is Platform.SEV_SNP:
         features |= SEV_FEATURE_SNP_ACTIVE
+    reset: Vmsa | None = None
     for index in range(vcpus):
         if index in contexts:
-            yield as_kvm_measures(contexts[index], platform, features)
+            own = Vmsa.parse(image.data_of(contexts[index]))
+            yield as_kvm_measures(own, platform, features)
             continue
         if cpu_signature is None:
             raise UsageError(
@@ -266,8 +311,10 @@ def launch_vmsas(
                 "signature, which the digest depends on",
                 hint="name the guest's CPU model with --cpu",
             )
-        reset = reset_vmsa(RESET_ADDRESS, sev_features=features, rdx=cpu_signature)
-        yield as_kvm_measures(reset, platform, features)
+        if reset is None:
+            state = reset_vmsa(RESET_ADDRESS, sev_features=features, rdx=cpu_signature)
+            reset = as_kvm_measures(state, platform, features)
+        yield reset
 
 
 _SYNCED = (

@@ -80,7 +80,7 @@ def test_digest_is_the_launch_records(
         4096 * len(update.pages) for update in expected
     ]
     if platform is not Platform.SEV:
-        vmsas = list(launch_vmsas(parsed, platform, vcpus, cpu, Vmm.QEMU))
+        vmsas = list(launch_vmsas(parsed, platform, vcpus, cpu))
         assert [vcpu.page for vcpu in record.vcpus] == [vmsa.content for vmsa in vmsas]
     assert record.digest is not None
     assert record.digest == launch_digest(parsed, platform, vcpus=vcpus, cpu_signature=cpu)

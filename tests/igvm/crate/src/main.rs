@@ -1,11 +1,15 @@
 //! Reads paths of IGVM files from standard input, one a line, and writes a line for each:
-//! `ok`, its content in a plain notation and its digests, or `error`, or `panic`.
+//! `ok`, its content in a plain notation and its digests, or `error`, or `panic`.  A digest is
+//! `digest SOURCE TYPE HEX`: SOURCE is `crate` for the crate's own computing, and `igvmmeasure` for
+//! the algorithm of COCONUT-SVSM's tool of that name (tools/igvmmeasure, which is not on crates.io),
+//! written anew here; TYPE is the IgvmPlatformType.
 //! `igvm-peer --time FILE N` parses one file N times and prints the nanoseconds of each.
 
 use igvm::{IgvmDirectiveHeader as D, IgvmFile, IgvmInitializationHeader as I, IgvmPlatformHeader as P};
-use igvm_defs::IgvmPlatformType;
+use igvm_defs::{IgvmPageDataType, IgvmPlatformType};
+use sha2::{Digest, Sha256, Sha384};
 use std::io::{BufRead, Write};
-use std::panic::catch_unwind;
+use std::panic::{catch_unwind, AssertUnwindSafe};
 use zerocopy::IntoBytes;
 
 fn crc(data: &[u8]) -> String {
@@ -139,32 +143,98 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
+fn crate_digest(file: &IgvmFile, kind: IgvmPlatformType, mask: u32) -> Option<String> {
+    use igvm::measurement as m;
+    match kind {
+        IgvmPlatformType::SEV_SNP => {
+            m::generate_snp_measurement(file.initializations(), file.directives(), mask).ok().map(|d| hex(&d))
+        }
+        IgvmPlatformType::TDX => m::generate_tdx_measurement(file.directives(), mask).ok().map(|d| hex(&d)),
+        IgvmPlatformType::VSM_ISOLATION => {
+            m::generate_vbs_measurement(file.directives(), mask).ok().map(|d| hex(&d))
+        }
+        _ => None,
+    }
+}
+
+/// What igvmmeasure hashes of a file: on SEV and SEV-ES all data there is, on SEV-SNP a chain.
+struct Igvmmeasure {
+    snp: bool,
+    stream: Sha256,
+    chain: [u8; 48],
+}
+
+impl Igvmmeasure {
+    fn page(&mut self, gpa: u64, page_type: u8, contents: Option<&[u8]>) {
+        let digest = contents.map_or([0; 48], |page| <[u8; 48]>::from(Sha384::digest(page)));
+        let mut info = Sha384::new();
+        info.update(self.chain);
+        info.update(digest);
+        info.update(0x70u16.to_le_bytes());
+        info.update([page_type, 0, 0, 0, 0, 0]);
+        info.update(gpa.to_le_bytes());
+        self.chain = info.finalize().into();
+    }
+
+    fn page_data(&mut self, gpa: u64, unmeasured: bool, data_type: IgvmPageDataType, data: &[u8]) {
+        if !self.snp {
+            return self.stream.update(data);
+        }
+        match data_type {
+            IgvmPageDataType::NORMAL if unmeasured => self.page(gpa, 4, None),
+            IgvmPageDataType::NORMAL if data.is_empty() => self.page(gpa, 1, Some(&[0; 4096])),
+            IgvmPageDataType::NORMAL => self.page(gpa, 1, Some(data)),
+            IgvmPageDataType::SECRETS => self.page(gpa, 5, None),
+            _ => self.page(gpa, 6, None),
+        }
+    }
+}
+
+fn igvmmeasure(file: &IgvmFile, kind: IgvmPlatformType, wanted: u32) -> Option<String> {
+    let snp = kind == IgvmPlatformType::SEV_SNP;
+    if !snp && kind != IgvmPlatformType::SEV && kind != IgvmPlatformType::SEV_ES {
+        return None;
+    }
+    let mut found = Igvmmeasure { snp, stream: Sha256::new(), chain: [0; 48] };
+    for header in file.directives() {
+        match header {
+            D::PageData { gpa, compatibility_mask, flags, data_type, data } if compatibility_mask & wanted != 0 => {
+                if flags.is_2mb_page() {
+                    return None; // it refuses those whose data are 4 KiB
+                }
+                found.page_data(*gpa, flags.unmeasured(), *data_type, data);
+            }
+            D::ParameterInsert(p) if p.compatibility_mask & wanted != 0 => {
+                found.page_data(p.gpa, true, IgvmPageDataType::NORMAL, &[]);
+            }
+            D::SnpVpContext { gpa, vmsa, .. } if snp => found.page(*gpa, 2, Some(vmsa.as_bytes())),
+            D::SnpVpContext { vmsa, .. } => found.stream.update(vmsa.as_bytes()),
+            _ => {}
+        }
+    }
+    Some(if snp { hex(&found.chain) } else { hex(&found.stream.finalize()) })
+}
+
 fn digests(file: &IgvmFile) -> Vec<String> {
     let mut found = Vec::new();
     // the crate measures an area page by page, however large the file says it is
-    let huge = |d: &D| matches!(d, D::ParameterArea { number_of_bytes, .. } if *number_of_bytes > 1 << 24);
+    let huge = |d: &D| match d {
+        D::ParameterArea { number_of_bytes, .. } => *number_of_bytes > 1 << 24,
+        D::ErrorRange { size_bytes, .. } => *size_bytes > 1 << 24,
+        _ => false,
+    };
     if file.directives().iter().any(huge) {
         return found;
     }
     for header in file.platforms() {
         let P::SupportedPlatform(p) = header;
-        let mask = p.compatibility_mask;
-        let digest = match p.platform_type {
-            IgvmPlatformType::SEV_SNP => {
-                igvm::measurement::generate_snp_measurement(file.initializations(), file.directives(), mask)
-                    .ok()
-                    .map(|d| hex(&d))
+        let (kind, mask) = (p.platform_type, p.compatibility_mask);
+        for (source, compute) in [("crate", crate_digest as fn(&_, _, _) -> _), ("igvmmeasure", igvmmeasure)] {
+            // measuring may panic where reading does not: the verdict stands, without that digest
+            let digest = catch_unwind(AssertUnwindSafe(|| compute(file, kind, mask))).unwrap_or_default();
+            if let Some(digest) = digest {
+                found.push(format!("digest {source} {} {digest}", kind.0));
             }
-            IgvmPlatformType::TDX => {
-                igvm::measurement::generate_tdx_measurement(file.directives(), mask).ok().map(|d| hex(&d))
-            }
-            IgvmPlatformType::VSM_ISOLATION => {
-                igvm::measurement::generate_vbs_measurement(file.directives(), mask).ok().map(|d| hex(&d))
-            }
-            _ => None,
-        };
-        if let Some(digest) = digest {
-            found.push(format!("digest {} {digest}", p.platform_type.0));
         }
     }
     found
@@ -177,8 +247,7 @@ fn judge(data: &[u8]) -> String {
             let mut lines: Vec<String> = file.platforms().iter().map(platform).collect();
             lines.extend(file.initializations().iter().map(initialization));
             lines.extend(file.directives().iter().map(directive));
-            // measuring may panic where reading does not: the verdict stands, without a digest
-            lines.extend(catch_unwind(std::panic::AssertUnwindSafe(|| digests(&file))).unwrap_or_default());
+            lines.extend(digests(&file));
             format!("ok\t{}", lines.join("\t"))
         }
     }
