@@ -5,14 +5,16 @@ import os
 import pwd
 import shutil
 import signal
+import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.parts import SKIPPED, need
-from tests.testbed.cache import printed
+from tests.testbed.cache import SCRIPTS, printed
 from tests.testbed.standin import DEVICE, SevEmulator, make_emulator
 
 OVMF = Path("/usr/share/ovmf/OVMF.fd")  # code and variables in one image, with SEV-SNP's metadata
@@ -97,6 +99,32 @@ def _end_guests(root: Path) -> None:
     for file in guests:
         with contextlib.suppress(OSError, ValueError):
             os.kill(int(file.read_text()), signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def newer_libvirt() -> Iterator[str]:
+    """The URI of a libvirt of a newer release (10.5 or newer, which knows SEV-SNP).
+
+    It sees /tmp and the test bed's cache where they are; its guests end with it.
+    """
+    root = printed("roots.sh")
+    need(os.geteuid() == 0, "root, for a newer libvirt")
+    need(root.is_dir(), "a root with a newer libvirt")
+    with tempfile.TemporaryDirectory(prefix="igvmfw-libvirtd-", dir="/tmp") as directory:
+        socket = Path(directory) / "libvirt-sock"
+        with (Path(directory) / "log").open("wb") as log:
+            command = [str(SCRIPTS / "roots.sh"), "--serve", directory]
+            daemon = subprocess.Popen(command, stdout=log, stderr=log)
+        try:
+            for _ in range(300):
+                if socket.exists() or daemon.poll() is not None:
+                    break
+                time.sleep(0.1)
+            assert socket.exists(), (Path(directory) / "log").read_text()
+            yield f"qemu+unix:///system?socket={socket}"
+        finally:
+            daemon.kill()  # and with it every process in its namespace
+            daemon.wait()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

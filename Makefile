@@ -1,0 +1,56 @@
+# What a developer types; `make help` says what each target does.
+# A fresh Debian or Ubuntu machine needs nothing but make: the rest is installed and built.
+
+PYTHON ?= python3
+BIN := .venv/bin
+TESTBED := tests/testbed
+PACKAGES := $(TESTBED)/packages.sh
+
+.PHONY: help demo test check lint types venv packages qemu testbed clean
+.DEFAULT_GOAL := help
+
+help: ## say what can be made
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: venv qemu ## show the main job step by step, with real guests
+	@$(BIN)/python -m tests.demo
+
+test: lint types testbed ## check style and types, and run all tests
+	@$(BIN)/python -m pytest
+
+check: test ## what CI runs: the same
+
+lint: venv ## check style and format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: venv ## check types
+	$(BIN)/mypy
+
+venv: $(BIN)/.installed ## the virtual environment in .venv, with igvmfw and what its tests need
+
+# without the packages libvirt's Python module cannot be built
+$(BIN)/.installed: pyproject.toml | packages
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	    "igvmfw needs Python 3.11 or newer: make PYTHON=python3.11 …")'
+	@echo "making the virtual environment .venv" >&2
+	@$(PYTHON) -m venv --prompt igvmfw .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,libvirt]'
+	@touch $@
+
+packages:
+	@$(PACKAGES) run
+
+qemu: packages ## a QEMU that takes IGVM files: the distribution's, or one built into the cache
+	@$(TESTBED)/build-qemu.sh >/dev/null
+
+# the parts that only tests need
+testbed: venv qemu ## everything the tests need, built into ~/.cache/igvmfw
+	@$(PACKAGES) rust roots
+	@PATH="$$($(TESTBED)/rust.sh):$$PATH" && \
+	    $(TESTBED)/peers.sh >/dev/null && $(TESTBED)/reference.sh >/dev/null
+	@$(TESTBED)/roots.sh >/dev/null
+	@$(BIN)/python -c 'from tests.testbed.standin import build_library; build_library()'
+
+clean: ## remove what was made in the checkout; the cache stays
+	rm -rf .venv .demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
