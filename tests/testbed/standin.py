@@ -81,6 +81,10 @@ class SevEmulator:
     records: Path
     tik: bytes  # the transport integrity key that signs SEV's and SEV-ES' measurement
 
+    def forget(self) -> None:
+        """Drop the record of the latest launch, so that the next one cannot be taken for it."""
+        (self.records / "launch.jsonl").unlink(missing_ok=True)
+
     def record(self) -> LaunchRecord:
         """The latest launch, as far as it got.
 

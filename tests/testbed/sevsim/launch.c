@@ -95,7 +95,8 @@ static void record_begin(const char *op)
 static void record_end(void)
 {
     fputs("}\n", record);
-    if (fflush(record) || ferror(record) || fflush(data) || fflush(vmsas))
+    /* the line last: who reads it finds what it speaks of */
+    if (fflush(data) || fflush(vmsas) || fflush(record) || ferror(record))
         die("cannot write the record: %s", strerror(errno));
 }
 
