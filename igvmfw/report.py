@@ -7,12 +7,14 @@ from typing import Any
 from igvmfw.errors import IgvmError
 from igvmfw.igvm.headers import Header, PageData, RawHeader, VpContext
 from igvmfw.igvm.image import IgvmFile
+from igvmfw.igvm.ovmf import TDX_METADATA_GUID, OvmfTables, SectionKind
 from igvmfw.igvm.payload import Payload
 from igvmfw.igvm.rules import AnyHeader
 from igvmfw.igvm.spec import PageDataFlags, PageDataType, PlatformType, type_name
 from igvmfw.igvm.summary import RESET_ENTRY, context_registers, data_size, summarize
 from igvmfw.platforms import Platform
 
+_Masks = tuple[tuple[Platform, int], ...]  # a file's platforms with their compatibility masks
 _ENUMS = {"platform_type": PlatformType, "data_type": PageDataType}
 
 
@@ -66,7 +68,7 @@ def inspection(
         "initialization": [header_dict(image, header) for header in image.initializations],
         "directives": dict(counts),
         "summaries": [_summary_dict(image, platform) for platform in image.supported],
-        "payload": payload_dict(payload),
+        "payload": {**payload_dict(payload), "ovmf": _ovmf_dict(payload.tables)},
         "problems": [problem._asdict() for problem in image.problems],
     }
     if pages:
@@ -83,6 +85,20 @@ def payload_dict(payload: Payload) -> dict[str, Any]:
         "vtpm": payload.vtpm,
         "uefi_variables": payload.uefi_variables,
         "persistence": payload.persistence,
+    }
+
+
+def _ovmf_dict(tables: OvmfTables | None) -> dict[str, Any] | None:
+    """What an OVMF was built for, by its GUIDed tables."""
+    if tables is None:
+        return None
+    return {
+        "sev_es_reset_address": tables.reset_address,
+        "sev_snp": tables.find(SectionKind.SNP_SECRETS) is not None,
+        "svsm_calling_area": tables.find(SectionKind.SVSM_CAA) is not None,
+        "kernel_hashes": tables.find(SectionKind.SNP_KERNEL_HASHES) is not None,
+        "tdx": TDX_METADATA_GUID in tables.guids,
+        "igvm_parameters": tables.find(SectionKind.IGVM_PARAM_AREA) is not None,
     }
 
 
@@ -168,10 +184,11 @@ def page_runs(image: IgvmFile) -> Iterator[str]:
     first: PageData | None = None
     previous: PageData | None = None
     count = 0
+    masks: _Masks = tuple((word, image.mask_of(word)) for word in image.supported)
 
     def run() -> str:
         assert first is not None
-        return _run_line(image, first, count)
+        return _run_line(masks, first, count)
 
     for header in image.directives:
         if isinstance(header, PageData):
@@ -186,7 +203,7 @@ def page_runs(image: IgvmFile) -> Iterator[str]:
         if first is not None:
             yield run()
             first = previous = None
-        yield _directive_line(image, header)
+        yield _directive_line(masks, header)
     if first is not None:
         yield run()
 
@@ -201,16 +218,12 @@ def _continues(page: PageData, following: PageData) -> bool:
     )
 
 
-def _names_of(image: IgvmFile, mask: int) -> str:
-    names = [
-        platform
-        for platform, header in zip(image.supported, image.platforms, strict=False)
-        if header.compatibility_mask & mask
-    ]
+def _names_of(masks: _Masks, mask: int) -> str:
+    names = [platform for platform, own in masks if own & mask]
     return ",".join(names) or f"mask 0x{mask:x} of no platform"
 
 
-def _run_line(image: IgvmFile, page: PageData, count: int) -> str:
+def _run_line(masks: _Masks, page: PageData, count: int) -> str:
     end = page.gpa + count * page.guest_size
     known = page.data_type in PageDataType._value2member_map_
     kind = PageDataType(page.data_type).name if known else f"type {page.data_type}"
@@ -219,12 +232,12 @@ def _run_line(image: IgvmFile, page: PageData, count: int) -> str:
     if page.file_offset == 0 and page.data_type == PageDataType.NORMAL:
         words.append("zero")
     tail = f" ({', '.join(words)})" if words else ""
-    names = _names_of(image, page.compatibility_mask)
+    names = _names_of(masks, page.compatibility_mask)
     pages = f"{count} page{'s' * (count > 1)}"
     return f"    PAGE_DATA  0x{page.gpa:x}-0x{end - 1:x}  {pages}  {kind}{tail}  {names}"
 
 
-def _directive_line(image: IgvmFile, header: AnyHeader) -> str:
+def _directive_line(masks: _Masks, header: AnyHeader) -> str:
     if not isinstance(header, Header):
         return f"    {type_name(header.type)}  {len(header.body)} bytes"
     fields = [
@@ -234,5 +247,5 @@ def _directive_line(image: IgvmFile, header: AnyHeader) -> str:
     ]
     mask = getattr(header, "compatibility_mask", None)
     if mask is not None:
-        fields.append(_names_of(image, mask))
+        fields.append(_names_of(masks, mask))
     return f"    {type_name(header.type)}  {'  '.join(fields)}"

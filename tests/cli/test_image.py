@@ -12,6 +12,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+from sevsnpmeasure.ovmf import OVMF
 
 from igvmfw.cli import main
 from igvmfw.igvm.headers import PageData
@@ -52,7 +53,13 @@ def one_line(err: str, *words: str | Path) -> None:
 def test_inspect_tells_people_what_is_inside(run: Run, file: Path) -> None:
     code, out, err = run("inspect", file)
     assert (code, err) == (0, "")
-    for text in ("revision 2", "sev-snp (mask 0x8, policy 0x30000)", "sev-es", "MEMORY_MAP", "real mode"):
+    for text in (
+        "revision 2",
+        "sev-snp (mask 0x8, policy 0x30000)",
+        "sev-es",
+        "MEMORY_MAP",
+        "real mode",
+    ):
         assert text in out
     assert len(out.splitlines()) < 25
 
@@ -63,6 +70,19 @@ def test_inspect_pages_shows_runs(run: Run, ovmf: Path, tmp_path: Path) -> None:
     _, out, _ = run("inspect", "--pages", wrapped)
     assert "0xffe00000-0xffffffff  512 pages" in out
     assert len(out.splitlines()) < 12
+
+
+def test_inspect_tells_what_the_ovmf_was_built_for(run: Run, ovmf: Path, tmp_path: Path) -> None:
+    wrapped = tmp_path / "ovmf.igvm"
+    assert run("wrap", ovmf, "-o", wrapped)[0] == 0
+    out = run("inspect", "--json", wrapped)[1]
+    valid("inspect", out)
+    facts = json.loads(out)["payload"]["ovmf"]
+    assert facts["sev_snp"]
+    assert facts["tdx"]
+    assert not facts["igvm_parameters"]
+    table = OVMF(str(ovmf))  # sev-snp-measure's reading of the same table
+    assert facts["sev_es_reset_address"] == table.sev_es_reset_eip()
 
 
 def test_inspect_json_is_one_document(run: Run, file: Path) -> None:
