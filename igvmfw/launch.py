@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from igvmfw.rewrite import Rewritten, as_request, object_argument, request_of, r
 from igvmfw.select import Candidate, Choice, choose, confirm
 from igvmfw.virt.domain import Domain, Request
 from igvmfw.virt.host import Capabilities, Connection, translated
-from igvmfw.virt.record import File, Record
+from igvmfw.virt.record import File, OnChange, Record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,11 +27,13 @@ class Options:
         entries: The firmware descriptors, in order of choice.
         root: The root directory that the descriptors' files are in.
         lock_memory: Let SEV and SEV-ES guests lock their memory.
+        on_change: What a start does when the file is another by then; None leaves it as recorded.
     """
 
     entries: Sequence[Entry] = ()
     root: Path = rooted.HOST
     lock_memory: bool = True
+    on_change: OnChange | None = None
 
 
 def prepare(
@@ -60,7 +62,7 @@ def prepare(
         candidate = dataclasses.replace(candidate, path=str(path))
     object_argument(candidate.path)  # a path that QEMU will not get is not opened here either
     choice = read(candidate, request, domain)
-    return rewrite(domain, choice, lock_memory=options.lock_memory)
+    return rewrite(domain, choice, lock_memory=options.lock_memory, on_change=options.on_change)
 
 
 def read(candidate: Candidate, request: Request, domain: Domain) -> Choice:
@@ -140,6 +142,7 @@ def start(
     paused: bool = False,
     bypass_cache: bool = False,
     force_boot: bool = False,
+    warn: Callable[[str], None] = lambda message: None,
 ) -> Domain:
     """Start a defined domain; returns what libvirt has of it.
 
@@ -149,6 +152,7 @@ def start(
         paused: Leave the processors stopped.
         bypass_cache: Do not use the host's cache when loading a saved state.
         force_boot: Drop a saved state and boot anew.
+        warn: Gets a message when the file changed and the domain starts nevertheless.
     Raises:
         EmulatorError: The domain's QEMU cannot take IGVM files.
         RefusedError: The IGVM file is not the one the domain was defined with.
@@ -166,7 +170,7 @@ def start(
             | (libvirt.VIR_DOMAIN_START_FORCE_BOOT if force_boot else 0)
         )
         domain = Domain.parse(native.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE).encode())
-        check_file(connection, domain)
+        check_file(connection, domain, warn=warn)
         check_emulator(connection, domain)
         native.createWithFlags(flags)
     return domain
@@ -253,11 +257,17 @@ def recorded(domain: Domain) -> File | None:
     return None if record is None else record.file
 
 
-def check_file(connection: Connection, domain: Domain) -> None:
+def check_file(
+    connection: Connection, domain: Domain, *, warn: Callable[[str], None] = lambda message: None
+) -> None:
     """See that a rewritten domain's IGVM file is still the one that was chosen.
 
     A file on another host cannot be looked at; QEMU there reads what it finds.
 
+    Args:
+        connection: Where the domain is.
+        domain: What libvirt has of it.
+        warn: Gets a message when the content changed and the record says to go on then.
     Raises:
         InputError: The file is gone or unreadable.
         RefusedError: Its content changed.
@@ -267,13 +277,30 @@ def check_file(connection: Connection, domain: Domain) -> None:
         return
     with files.mapped(file.path) as content:
         found = hashlib.sha256(content).hexdigest()
-    if found != file.sha256:
-        raise RefusedError(
-            f"the file changed since {domain.name} was defined: its SHA-256 is {found}, "
-            f"recorded is {file.sha256}",
-            where=file.path,
-            hint="if the change is meant, define the domain again with igvmfw",
-        )
+    changed = changed_file(domain, file, found)
+    if changed is None:
+        return
+    if file.on_change is OnChange.REFUSE:
+        raise changed
+    warn(str(changed))
+
+
+def changed_file(domain: Domain, file: File, sha256: str) -> RefusedError | None:
+    """The error of a file that is no longer the one that was chosen; None when it still is.
+
+    Args:
+        domain: The domain.
+        file: What was recorded of the file.
+        sha256: Of its present content, hexadecimal.
+    """
+    if sha256 == file.sha256:
+        return None
+    return RefusedError(
+        f"the file changed since {domain.name} was defined: its SHA-256 is {sha256}, "
+        f"recorded is {file.sha256}",
+        where=file.path,
+        hint="if the change is meant, define the domain again with igvmfw",
+    )
 
 
 def check_emulator(connection: Connection, domain: Domain) -> None:

@@ -14,7 +14,7 @@ from igvmfw.platforms import Platform
 from igvmfw.select import Choice
 from igvmfw.virt.document import canonical, indent, insert, remove
 from igvmfw.virt.domain import COMMANDLINE, IGVM, Domain, Request, is_request, only, place
-from igvmfw.virt.record import File, Part, Record
+from igvmfw.virt.record import File, OnChange, Part, Record
 
 OBJECT_TYPE = "igvm-cfg"
 OBJECT_ID = "igvm0"
@@ -111,7 +111,13 @@ def convert(domain: Domain, path: str | None = None) -> Domain:
     return result
 
 
-def rewrite(domain: Domain, choice: Choice, *, lock_memory: bool = True) -> Rewritten:
+def rewrite(
+    domain: Domain,
+    choice: Choice,
+    *,
+    lock_memory: bool = True,
+    on_change: OnChange | None = None,
+) -> Rewritten:
     """Give a domain the chosen file, in a form that unmodified libvirt takes.
 
     Args:
@@ -119,6 +125,8 @@ def rewrite(domain: Domain, choice: Choice, *, lock_memory: bool = True) -> Rewr
         choice: The file.
         lock_memory: Let a SEV or SEV-ES guest lock its memory, which it needs to start where QEMU
             runs unprivileged.
+        on_change: What a start does when the file is another by then; None leaves it as recorded,
+            which is to refuse where nothing is.
     Raises:
         RefusedError: The domain has something that QEMU does not take beside an IGVM file.
         DomainError: The domain asks for no IGVM firmware, or contradicts itself.
@@ -126,7 +134,8 @@ def rewrite(domain: Domain, choice: Choice, *, lock_memory: bool = True) -> Rewr
     argument = object_argument(choice.path)
     result = domain.copy()
     record = Record.find(result)
-    ours = record is not None and record.file is not None
+    former = None if record is None else record.file
+    ours = former is not None
     _check_machine(result)
     _check_security(result)
     _check_arguments(result, ours=ours)
@@ -150,6 +159,7 @@ def rewrite(domain: Domain, choice: Choice, *, lock_memory: bool = True) -> Rewr
             platform=choice.platform,
             descriptor=choice.descriptor,
             measurement=choice.measurement,
+            on_change=on_change or (former.on_change if former else OnChange.REFUSE),
         )
     )
     if canonical(result.document.tree) == canonical(domain.document.tree):

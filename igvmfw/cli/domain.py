@@ -33,6 +33,7 @@ from igvmfw.rewrite import Rewritten, as_request, convert, request_of, restore
 from igvmfw.virt.document import MAX_BYTES
 from igvmfw.virt.domain import Domain
 from igvmfw.virt.host import Connection, connect
+from igvmfw.virt.record import OnChange
 
 _TAKE_FROM_CATALOGUE = ""
 
@@ -60,6 +61,12 @@ def _choice_arguments(parser: argparse.ArgumentParser) -> None:
         dest="lock_memory",
         action="store_false",
         help="do not add <memoryBacking><locked/> to SEV and SEV-ES guests",
+    )
+    parser.add_argument(
+        "--on-change",
+        choices=[choice.value for choice in OnChange],
+        help="what a start does when the IGVM file is no longer the one chosen now (default: as "
+        "recorded in the domain, else refuse)",
     )
 
 
@@ -196,6 +203,7 @@ def _start(args: argparse.Namespace) -> int:
             paused=args.paused,
             bypass_cache=args.bypass_cache,
             force_boot=args.force_boot,
+            warn=warn,
         )
     _done(args, domain, domain.name or args.domain, "started")
     return 0
@@ -244,6 +252,9 @@ def _redefine(
             where=f"domain '{args.domain}'",
             hint="edit it again",
         )
+    former = recorded(stored)
+    if args.on_change is None and former is not None:
+        args.on_change = former.on_change  # the request that was edited does not show it
     rewritten = _prepare(Domain.parse(edited), args, connection)
     _report(rewritten)
     return define(connection, rewritten.domain, validate=not args.skip_validate)
@@ -372,7 +383,12 @@ def _prepare(domain: Domain, args: argparse.Namespace, connection: Connection | 
         found = catalog.load(catalog.search_path(args.root, user=user), args.root)
         for problem in found.problems:
             warn(str(problem))
-        options = Options(entries=found.entries, root=args.root, lock_memory=lock_memory)
+        options = Options(
+            entries=found.entries,
+            root=args.root,
+            lock_memory=lock_memory,
+            on_change=None if args.on_change is None else OnChange(args.on_change),
+        )
         return prepare(domain, options, capabilities=capabilities)
 
 

@@ -4,7 +4,8 @@ libvirt keeps one top element per namespace in `<metadata>` and does not look in
 (docs/formatdomain.rst, "General metadata").  Ours is `domain` in NAMESPACE:
 
     <igvmfw:domain xmlns:igvmfw='urn:igvmfw:domain:1' made='metadata commandline' policy='0x3'>
-      <igvmfw:file path='…' sha256='…' platform='sev' descriptor='…' measurement='…'/>
+      <igvmfw:file path='…' sha256='…' platform='sev' descriptor='…' measurement='…'
+                   on-change='warn'/>
       <igvmfw:request firmware='igvm'>
         <igvmfw:taken index='1'><firmware>…</firmware></igvmfw:taken>
       </igvmfw:request>
@@ -13,7 +14,8 @@ libvirt keeps one top element per namespace in `<metadata>` and does not look in
 
 `request` holds what was taken out of `<os>` so that libvirt accepts the domain, `before` what was
 there when the domain still had bios or efi firmware; `made` names the elements that igvmfw added,
-`policy` the guest policy that it filled in.
+`policy` the guest policy that it filled in; `on-change` stands only where a changed file shall not
+stop a start.
 """
 
 import re
@@ -44,6 +46,13 @@ class Part(StrEnum):
     BEFORE = "before"
 
 
+class OnChange(StrEnum):
+    """What a start does when the file is no longer the one that was chosen."""
+
+    REFUSE = "refuse"
+    WARN = "warn"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class File:
     """The IGVM file a domain was given.
@@ -54,6 +63,7 @@ class File:
         platform: What the guest takes from it.
         descriptor: File name of the firmware descriptor that it was chosen by.
         measurement: The launch digest to expect, hexadecimal.
+        on_change: What a start does when the content is another.
     """
 
     path: str
@@ -61,6 +71,7 @@ class File:
     platform: Platform
     descriptor: str | None = None
     measurement: str | None = None
+    on_change: OnChange = OnChange.REFUSE
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +124,14 @@ class Record:
         path, sha256 = element.get("path"), element.get("sha256", "")
         measurement = element.get("measurement")
         platform = element.get("platform")
+        on_change = element.get("on-change", OnChange.REFUSE)
         if (
             not path
             or len(sha256) != 64
             or not _HEX.fullmatch(sha256)
             or (measurement is not None and not _HEX.fullmatch(measurement))
             or platform not in tuple(Platform)
+            or on_change not in tuple(OnChange)
         ):
             raise _damaged(element)
         return File(
@@ -127,6 +140,7 @@ class Record:
             platform=Platform(platform),
             descriptor=element.get("descriptor"),
             measurement=measurement,
+            on_change=OnChange(on_change),
         )
 
     def set_file(self, file: File) -> None:
@@ -137,6 +151,7 @@ class Record:
             "platform": file.platform.value,
             "descriptor": file.descriptor,
             "measurement": file.measurement,
+            "on-change": file.on_change if file.on_change is not OnChange.REFUSE else None,
         }
         element = self._part("file", first=True)
         for name, value in values.items():

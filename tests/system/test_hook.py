@@ -1,0 +1,350 @@
+"""The hook with a real libvirtd: an allowed start, and each refusal as virsh prints it."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from igvmfw.qemu import emulator
+from tests.parts import need
+from tests.system.guests import Result, domain, igvmfw, wrap
+from tests.testbed.standin import make_emulator
+
+HOOK = Path(__file__).parents[2] / "packaging" / "libvirt-hook" / "igvmfw"
+DAEMON_CONF = """\
+auth_unix_ro = "none"
+auth_unix_rw = "none"
+log_outputs = "3:file:/var/log/libvirtd.log"
+"""
+QEMU_CONF = """\
+stdio_handler = "file"
+namespaces = []
+security_driver = "none"
+user = "root"
+group = "root"
+remember_owner = 0
+cgroup_controllers = []
+"""
+# libvirtd with /etc/libvirt, /run, /var and /dev of its own, so that nothing of the host is touched
+# and /dev/sev can come and go
+START = """\
+set -e
+root=$1
+for device in null zero full random urandom kvm; do
+    touch "$root/dev/$device"
+    mount --bind "/dev/$device" "$root/dev/$device"
+done
+mkdir "$root/dev/pts" "$root/dev/shm"
+mount --bind /dev/pts "$root/dev/pts"
+ln -s pts/ptmx "$root/dev/ptmx"
+touch "$root/dev/sev"
+mount --rbind "$root/dev" /dev
+mount --bind "$root/etc" /etc/libvirt
+mount --bind "$root/run" /run
+mount --bind "$root/var" /var
+exec libvirtd
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Daemon:
+    """A libvirtd of the tests' own; what it takes for /etc/libvirt, /run, … is below `root`."""
+
+    root: Path
+
+    @property
+    def uri(self) -> str:
+        return f"qemu+unix:///system?socket={self.root}/run/libvirt/libvirt-sock"
+
+    def virsh(self, *words: str | Path) -> Result:
+        done = subprocess.run(
+            ["virsh", "-q", "-c", self.uri, *map(str, words)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=180,
+        )
+        return Result(code=done.returncode, out=done.stdout, err=done.stderr)
+
+    @property
+    def hook(self) -> Path:
+        return self.root / "etc/hooks/qemu.d/igvmfw"
+
+    def remove_all(self) -> None:
+        for name in self.virsh("list", "--name").out.split():
+            self.virsh("destroy", name)
+        for name in self.virsh("list", "--all", "--name").out.split():
+            self.virsh("undefine", name)
+
+
+def install_hook(path: Path, python: str = sys.executable) -> None:
+    """As an administrator does where igvmfw is not the distribution's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = HOOK.read_text()
+    assert "\npython=/usr/bin/python3\n" in text
+    path.write_text(text.replace("\npython=/usr/bin/python3\n", f"\npython={python}\n"))
+    path.chmod(0o755)
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Daemon]:
+    need(os.geteuid() == 0, "root, for a libvirtd in a mount namespace")
+    need(shutil.which("libvirtd", path="/usr/sbin:/usr/bin") is not None, "libvirtd")
+    need(os.access("/dev/kvm", os.R_OK | os.W_OK), "KVM (read and write access to /dev/kvm)")
+    root = Path(tempfile.mkdtemp(prefix="igvmfw-d-"))
+    for name in ("dev", "etc", "run", "var/lib", "var/log", "var/cache"):
+        (root / name).mkdir(parents=True)
+    (root / "etc/qemu.conf").write_text(QEMU_CONF)
+    (root / "etc/libvirtd.conf").write_text(DAEMON_CONF)
+    daemon = Daemon(root=root)
+    install_hook(daemon.hook)
+    process = subprocess.Popen(
+        ["unshare", "--mount", "--propagation", "private", "sh", "-c", START, "sh", str(root)],
+        stdout=subprocess.DEVNULL,
+        stderr=(root / "stderr").open("wb"),
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while daemon.virsh("uri").code:
+            said = (root / "stderr").read_text(errors="replace")[-500:]
+            assert process.poll() is None, said
+            assert time.monotonic() < deadline, said
+            time.sleep(0.2)
+        yield daemon
+        daemon.remove_all()
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+        shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.fixture
+def daemon(running: Daemon) -> Iterator[Daemon]:
+    yield running
+    running.remove_all()
+    install_hook(running.hook)
+    (running.root / "dev/sev").touch()
+
+
+@pytest.fixture
+def native(daemon: Daemon, igvm_qemu: Path, ovmf: Path, tmp_path: Path) -> Path:
+    """The file of a plain guest that is defined as `guest`."""
+    file = wrap(ovmf, tmp_path / "native.igvm")
+    xml = tmp_path / "guest.xml"
+    xml.write_text(domain(igvm_qemu, file))
+    defined = igvmfw("define", "-c", daemon.uri, xml)
+    assert defined.code == 0, defined.err
+    return file
+
+
+def refused(daemon: Daemon, name: str = "guest") -> str:
+    """What virsh says of a start that the hook stops."""
+    result = daemon.virsh("start", name)
+    assert result.code == 1
+    assert "Hook script execution failed" in result.err
+    assert f"{name} prepare begin" in result.err
+    said = result.err.partition("unexpected exit status 1: ")[2].strip()
+    assert len(said.splitlines()) == 1, said
+    assert said.startswith("igvmfw: error: ")
+    assert daemon.virsh("domstate", name).out.strip() == "shut off"
+    return said.removeprefix("igvmfw: error: ")
+
+
+def test_a_guest_whose_file_is_as_chosen_starts(daemon: Daemon, native: Path) -> None:
+    assert daemon.virsh("start", "--paused", "guest").err == ""
+    # what was found fit is kept where nobody else can put anything
+    kept = daemon.root / "run/igvmfw"
+    assert kept.stat().st_mode & 0o777 == 0o700
+    assert [entry.stat().st_mode & 0o777 for entry in kept.iterdir()] == [0o600]
+    assert daemon.virsh("destroy", "guest").code == 0
+    assert daemon.virsh("start", "--paused", "guest").err == ""
+    assert len(list(kept.iterdir())) == 1
+
+
+def test_a_missing_file(daemon: Daemon, native: Path) -> None:
+    native.unlink()
+    assert refused(daemon) == f"{native}: cannot read: No such file or directory (check the path)"
+
+
+def test_a_changed_file(daemon: Daemon, native: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = bytearray(native.read_bytes())
+    data[-1] ^= 1  # file data: the checksum covers headers alone
+    native.write_bytes(data)
+    said = refused(daemon)
+    assert said.startswith(f"{native}: the file changed since guest was defined: its SHA-256 is ")
+    assert "define the domain again with igvmfw" in said
+    # the recorded choice
+    xml = native.with_name("guest.xml")
+    assert daemon.virsh("undefine", "guest").code == 0
+    again = igvmfw("define", "-c", daemon.uri, "--on-change", "warn", xml)
+    assert again.code == 0, again.err
+    # is kept where the domain is changed by other means
+    monkeypatch.setenv("EDITOR", "sed -i s/>262144</>327680</")
+    edited = igvmfw("edit", "-c", daemon.uri, "--no-lock-memory", "guest")
+    assert edited.code == 0, edited.err
+    assert "327680 KiB" in daemon.virsh("dominfo", "guest").out
+    data[-2] ^= 1
+    native.write_bytes(data)
+    assert daemon.virsh("start", "--paused", "guest").err == ""
+
+
+def test_a_damaged_file(daemon: Daemon, native: Path) -> None:
+    data = bytearray(native.read_bytes())
+    data[48] ^= 1  # within the first variable header
+    native.write_bytes(data)
+    said = refused(daemon)
+    assert said.startswith(f"{native}: ")
+    assert "CRC-32 of the headers" in said
+
+
+def test_a_file_that_qemu_is_not_given(daemon: Daemon, native: Path) -> None:
+    text = daemon.virsh("dumpxml", "--inactive", "guest").out
+    other = text.replace(f"file={native}", f"file={native}.other")
+    assert other != text
+    edited = native.with_name("edited.xml")
+    edited.write_text(other)
+    assert daemon.virsh("define", edited).code == 0
+    said = refused(daemon)
+    assert f"guest records the IGVM file {native}, which QEMU is not given" in said
+    assert "define the domain again with igvmfw" in said
+
+
+def test_an_emulator_without_igvm(daemon: Daemon, native: Path) -> None:
+    plain = Path("/usr/bin/qemu-system-x86_64")
+    need(plain.exists(), "the distribution's QEMU")
+    if emulator.probe(plain).igvm:
+        pytest.skip("this distribution's QEMU takes IGVM files")
+    text = daemon.virsh("dumpxml", "--inactive", "guest").out
+    before, _, rest = text.partition("<emulator>")
+    edited = native.with_name("edited.xml")
+    machine = re.sub(r"machine='[^']*'", "machine='q35'", before)
+    edited.write_text(f"{machine}<emulator>{plain}{rest[rest.index('</emulator>') :]}")
+    defined = daemon.virsh("define", edited)
+    assert defined.code == 0, defined.err
+    said = refused(daemon)
+    assert said.startswith(f"{plain}: QEMU ")
+    assert "IGVM needs QEMU 10.1 or newer built with libigvm" in said
+
+
+@pytest.fixture
+def sev(daemon: Daemon, igvm_qemu: Path, ovmf: Path, tmp_path: Path) -> Path:
+    """The file of a SEV-ES guest with two vCPUs, on the stand-in for a SEV host."""
+    need(shutil.which("gcc") is not None, "gcc, for the SEV stand-in")
+    host = make_emulator(tmp_path, igvm_qemu)
+    file = wrap(ovmf, tmp_path / "es.igvm", "--platform", "sev-es", "--vcpus", "2")
+    xml = tmp_path / "guest.xml"
+    protected = "<launchSecurity type='sev'><policy>0x5</policy></launchSecurity>"
+    xml.write_text(domain(host.path, file, vcpus=2, security=protected))
+    # a libvirtd that is not the system's own may not lift limits everywhere that tests run
+    defined = igvmfw("define", "-c", daemon.uri, "--no-lock-memory", xml)
+    assert defined.code == 0, defined.err
+    return file
+
+
+def test_a_protected_guest_starts(daemon: Daemon, sev: Path) -> None:
+    assert daemon.virsh("start", "--paused", "guest").err == ""
+
+
+def test_a_host_without_the_platform(daemon: Daemon, sev: Path) -> None:
+    (daemon.root / "dev/sev").unlink()
+    said = refused(daemon)
+    assert said.startswith("/dev/sev: this host cannot launch sev-es guests: the device is missing")
+
+
+def test_a_file_without_the_guests_platform(daemon: Daemon, sev: Path) -> None:
+    text = daemon.virsh("dumpxml", "--inactive", "guest").out
+    edited = sev.with_name("edited.xml")
+    edited.write_text(text.replace("<policy>0x0005</policy>", "<policy>0x0001</policy>"))
+    assert daemon.virsh("define", edited).code == 0
+    said = refused(daemon)
+    assert f"{sev}: QEMU 10.2 would not launch this sev guest: the file has no platform sev" in said
+    assert said.endswith("(use a file made for sev)")
+
+
+def test_a_file_that_qemu_refuses_for_this_guest(daemon: Daemon, sev: Path) -> None:
+    assert daemon.virsh("setvcpus", "guest", "1", "--config").code == 0
+    said = refused(daemon)
+    assert said.startswith(f"{sev}: header ")
+    assert "QEMU 10.2 would not launch this sev-es guest: " in said
+    assert "vCPU 1" in said
+
+
+@pytest.mark.parametrize(
+    ("python", "reason"),
+    [
+        ("/nowhere/python3", "/nowhere/python3: not found"),
+        ("/bin/false", ""),
+        ("{bare}", "No module named 'igvmfw'"),
+    ],
+)
+def test_a_hook_that_fails_stops_igvmfws_domains_alone(
+    daemon: Daemon, native: Path, tmp_path: Path, python: str, reason: str
+) -> None:
+    if python == "{bare}":
+        python = str(tmp_path / "bare/bin/python3")
+        made = [sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "bare")]
+        subprocess.run(made, check=True, timeout=120)
+    install_hook(daemon.hook, python)
+    said = refused(daemon)
+    assert said.startswith("cannot check the IGVM firmware of guest: ")
+    assert reason in said
+    assert f"install igvmfw for {python} or correct that path in /etc/libvirt/hooks" in said
+    assert "chmod -x /etc/libvirt/hooks/qemu.d/igvmfw starts domains unchecked" in said
+    start_foreign(daemon, tmp_path)
+    # and so it does
+    daemon.hook.chmod(0o644)
+    assert daemon.virsh("start", "--paused", "guest").err == ""
+
+
+def start_foreign(daemon: Daemon, directory: Path) -> str:
+    """Start a domain that knows nothing of igvmfw, and says a lot; returns its XML as it runs."""
+    padding = "".join(f"<x:note number='{number}'>note</x:note>" for number in range(200))
+    xml = directory / "foreign.xml"
+    xml.write_text(
+        "<domain type='qemu'><name>foreign</name>"
+        "<title>xmlns='urn:igvmfw:domain:1' is what igvmfw writes</title>"
+        f"<metadata><x:notes xmlns:x='urn:example:1'>{padding}</x:notes></metadata>"
+        "<memory unit='MiB'>64</memory>"
+        "<os><type arch='x86_64' machine='q35'>hvm</type></os></domain>"
+    )
+    started = daemon.virsh("create", "--paused", xml)
+    assert started.code == 0, started.err
+    return daemon.virsh("dumpxml", "foreign").out
+
+
+def test_what_a_foreign_domain_pays(
+    daemon: Daemon, native: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    foreign = start_foreign(daemon, tmp_path).encode()
+    own = daemon.virsh("dumpxml", "guest").out.encode()
+    started = tmp_path / "python-was-started"
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\ntouch {started}\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    install_hook(daemon.hook, str(python))
+
+    def cost(xml: bytes, times: int) -> float:
+        begin = time.monotonic()
+        for _ in range(times):
+            words = [str(daemon.hook), "guest", "prepare", "begin", "-"]
+            done = subprocess.run(words, input=xml, capture_output=True, check=True, env={})
+            assert (done.stdout, done.stderr) == (b"", b"")
+        return (time.monotonic() - begin) / times * 1000
+
+    cheap = cost(foreign, 100)
+    assert not started.exists()
+    dear = cost(own, 5)
+    assert started.exists()
+    with capsys.disabled():
+        print(
+            f"\nthe hook takes {cheap:.1f} ms for a foreign domain of {len(foreign) >> 10} KiB, "
+            f"{dear:.0f} ms for one with an IGVM file of {native.stat().st_size >> 20} MiB"
+        )
