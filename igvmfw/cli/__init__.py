@@ -52,6 +52,7 @@ COMMANDS = {
     "edit": _Listed("igvmfw.cli.domain", "edit a defined domain's request, as virsh edit"),
     "dumpxml": _Listed("igvmfw.cli.domain", "print a domain with its request, as virsh dumpxml"),
     "undefine": _Listed("igvmfw.cli.domain", "remove a domain's definition, as virsh undefine"),
+    "verify": _Listed("igvmfw.cli.verify", "verify what a running domain was launched from"),
 }
 
 

@@ -13,6 +13,8 @@ _MODELS = {
     "EPYC-Milan": (25, 1, 1),
     "EPYC-Genoa": (25, 17, 0),
     "EPYC-Turin": (26, 0, 0),
+    "qemu64": (15, 107, 1),  # what a guest gets that names none
+    "kvm64": (15, 6, 1),
 }
 
 
