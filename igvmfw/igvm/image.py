@@ -6,7 +6,7 @@ IGVM_VHS_VARIABLE_HEADER).
 
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 from igvmfw.errors import IgvmError
@@ -67,7 +67,8 @@ class IgvmFile:
     """A file as read: every header in file order, the data still where it was.
 
     `content` is the whole file, a view that is only valid as long as its source is.  `problems` is
-    empty unless the file was read leniently.
+    empty unless the file was read leniently.  `platforms` are the supported platforms, in file
+    order.
     """
 
     fixed: FixedHeader
@@ -75,6 +76,14 @@ class IgvmFile:
     header_offsets: tuple[int, ...]
     content: memoryview
     problems: tuple[Problem, ...] = ()
+    platforms: tuple[SupportedPlatform, ...] = field(init=False, repr=False, compare=False)
+    _types: dict[int, int] = field(init=False, repr=False, compare=False)  # by mask
+
+    def __post_init__(self) -> None:
+        found = tuple(header for header in self.headers if isinstance(header, SupportedPlatform))
+        object.__setattr__(self, "platforms", found)
+        types = {header.compatibility_mask: header.platform_type for header in found}
+        object.__setattr__(self, "_types", types)
 
     @classmethod
     def parse(cls, data: Buffer, *, lenient: bool = False) -> Self:
@@ -152,11 +161,6 @@ class IgvmFile:
         return (header for header in self.headers if section_of(header.type) is section)
 
     @property
-    def platforms(self) -> tuple[SupportedPlatform, ...]:
-        """The supported platforms, in file order."""
-        return tuple(header for header in self.headers if isinstance(header, SupportedPlatform))
-
-    @property
     def initializations(self) -> tuple[AnyHeader, ...]:
         """The initialization headers, in file order."""
         return tuple(self.section(Section.INITIALIZATION))
@@ -169,16 +173,21 @@ class IgvmFile:
     @property
     def supported(self) -> tuple[Platform, ...]:
         """The platforms the file has, as words, in file order."""
+        types = dict.fromkeys(header.platform_type for header in self.platforms)
         return tuple(
-            PLATFORM_WORDS[PlatformType(header.platform_type)]
-            for header in self.platforms
-            if header.platform_type in PlatformType._value2member_map_
+            PLATFORM_WORDS[PlatformType(number)]
+            for number in types
+            if number in PlatformType._value2member_map_
         )
 
     def find_platform(self, platform: Platform) -> SupportedPlatform | None:
         """The header of a platform, or None where the file does not have it."""
         wanted = PLATFORM_TYPES[platform]
         return next((item for item in self.platforms if item.platform_type == wanted), None)
+
+    def type_of(self, mask: int) -> int | None:
+        """The platform type that has a compatibility mask; None where no platform has it."""
+        return self._types.get(mask)
 
     def mask_of(self, platform: Platform) -> int:
         """The compatibility mask of a platform; every file assigns its own.

@@ -4,6 +4,7 @@ Source: igvm_defs 0.5.0 (the structures' documentation) and the checks of the cr
 (src/lib.rs, validate_* and new_from_binary_split); docs/format.md lists where igvmfw differs.
 """
 
+from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -91,12 +92,14 @@ class Rules:
         self._data_start = file_data_offset
         self._section = Section.PLATFORM
         self._platforms: dict[int, int] = {}  # mask → platform type
+        self._platform_types: set[int] = set()
         self._areas: dict[int, bool] = {}  # parameter area index → inserted
         self._regions: dict[int, list[tuple[int, int]]] = defaultdict(
             list
         )  # mask bit → [start,end)
         self._page_tables: list[PageTableRelocation] = []
         self._awaited: list[tuple[_VpIdentity, int, int]] = []  # with header index and offset
+        self._contexts: dict[int, int] = defaultdict(int)  # VTL → masks with a context of VP 0
         self._documents = self._signatures = 0  # masks that have one
         self._version_string = False
         self._checks: dict[type, Callable[[Any], None]] = {
@@ -138,6 +141,8 @@ class Rules:
         if not self._platforms:
             yield Problem("no-platform", "the file supports no platform", None, data_start)
         for identity, index, offset in self._awaited:
+            if identity.vp_index == 0 and identity.mask & self._contexts[identity.vtl]:
+                continue
             yield Problem(
                 "vp-context",
                 f"no VP context for VP {identity.vp_index}, VTL {identity.vtl} that the "
@@ -212,11 +217,12 @@ class Rules:
 
     def _platform(self, header: SupportedPlatform) -> None:
         kind = header.platform_type
-        if kind in self._platforms.values():
+        if kind in self._platform_types:
             raise _Broken("platform-twice", f"platform type {kind} is declared twice")
         needed = {PlatformType.CCA: Architecture.AARCH64, PlatformType.VSM_ISOLATION: None}
         wanted = needed.get(PlatformType(kind), Architecture.X64) if kind in range(7) else None
         self._platforms[header.compatibility_mask] = kind
+        self._platform_types.add(kind)
         if wanted not in (None, self._architecture):
             raise _Broken(
                 "platform-architecture",
@@ -238,18 +244,21 @@ class Rules:
     def _page_table(self, header: PageTableRelocation) -> None:
         if any(header.compatibility_mask & other.compatibility_mask for other in self._page_tables):
             raise _Broken("relocation", "a second page table region for the same platform")
-        self._page_tables.append(header)
+        if header.compatibility_mask:
+            self._page_tables.append(header)  # 32 at most: each has masks of its own
         self._region(header.compatibility_mask, header.gpa, header.size)
 
     def _region(self, mask: int, start: int, size: int) -> None:
         for bit in _bits(mask):
-            for other_start, other_end in self._regions[bit]:
+            regions = self._regions[bit]  # sorted, and none overlaps another
+            place = bisect_left(regions, (start, start))
+            for other_start, other_end in regions[max(place - 1, 0) : place + 1]:
                 if start < other_end and other_start < start + size:
                     raise _Broken(
                         "relocation",
                         f"region 0x{start:x} + 0x{size:x} overlaps the one at 0x{other_start:x}",
                     )
-            self._regions[bit].append((start, start + size))
+            insort(regions, (start, start + size))
 
     def _corim_document(self, header: CorimDocument) -> None:
         if header.compatibility_mask & self._documents:
@@ -316,11 +325,7 @@ class Rules:
                 raise _Broken("vp-context", "a VSM context can be for VP 0 only")
             rest = self._data(Extent(header.file_offset, len(self._content) - header.file_offset))
             context = parse_vbs(rest, self._architecture)
-            self._awaited = [
-                item for item in self._awaited
-                if not (item[0].mask & header.compatibility_mask
-                        and item[0].vp_index == 0 and item[0].vtl == context.vtl)
-            ]  # fmt: skip
+            self._contexts[context.vtl] |= header.compatibility_mask
             return
         data = self._data(Extent(header.file_offset, PAGE_SIZE))
         if kind in (PlatformType.NATIVE, PlatformType.SEV):

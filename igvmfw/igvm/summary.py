@@ -121,8 +121,7 @@ def context_registers(image: IgvmFile, header: VpContext) -> dict[str, object]:
     Raises:
         IgvmError: The context's data cannot be read.
     """
-    platforms = {item.compatibility_mask: item.platform_type for item in image.platforms}
-    kind = platforms.get(header.compatibility_mask)
+    kind = image.type_of(header.compatibility_mask)
     if kind in (PlatformType.SEV_ES, PlatformType.SEV_SNP):
         registers = Vmsa.parse(image.data_of(header)).registers()
         return {
@@ -169,8 +168,7 @@ def data_size(image: IgvmFile, header: AnyHeader) -> int:
     if isinstance(header, RawHeader):
         return 0
     if isinstance(header, VpContext):
-        vsm = image.find_platform(Platform.VSM)
-        if vsm is not None and header.compatibility_mask == vsm.compatibility_mask:
+        if image.type_of(header.compatibility_mask) == PlatformType.VSM_ISOLATION:
             return parse_vbs(image.content[header.file_offset :], image.architecture).size
         return PAGE_SIZE
     extent = header.extent()

@@ -21,6 +21,7 @@ FOUR_GIB = 1 << 32
 MAX_FIRMWARE = 64 << 20  # bytes below 4 GiB that are looked at; real images have 2 to 16 MiB
 MAX_UNPACKED = 64 << 20  # bytes that all compressed sections may unpack to; OVMF has 14 MiB
 MAX_DEPTH = 4  # volumes within volumes; OVMF has 2
+MAX_PARTS = 1 << 16  # volumes, files and sections that are looked at; OVMF has below 200
 
 # EFI_FIRMWARE_VOLUME_HEADER from the file system GUID on, EFI_FFS_FILE_HEADER, EFI_GUID_DEFINED_…
 _VOLUME = Layout("16sQ4sIHHHBB")
@@ -94,6 +95,11 @@ class _Scan:
         self.files: set[bytes] = set()
         self.enrolled_keys = False
         self.unpacked = 0
+        self._parts = 0
+
+    def _go_on(self) -> bool:
+        self._parts += 1
+        return self._parts <= MAX_PARTS
 
     def volumes(self, data: memoryview, depth: int) -> None:
         """Every firmware volume in some data, one after the other."""
@@ -101,7 +107,7 @@ class _Scan:
             return
         content = bytes(data)
         at = content.find(b"_FVH")
-        while at >= 0:
+        while at >= 0 and self._go_on():
             start = at - _SIGNATURE
             end = self._volume(data, start, depth) if start >= 0 else None
             at = content.find(b"_FVH", at + 4 if end is None else end)
@@ -128,7 +134,7 @@ class _Scan:
 
     def _volume_files(self, volume: memoryview, at: int, depth: int) -> None:
         at = _align(at, 8)
-        while at + _FILE.size <= len(volume):
+        while at + _FILE.size <= len(volume) and self._go_on():
             name, _, kind, attributes, size, _ = _FILE.read(volume, at)
             length, header = int.from_bytes(size, "little"), _FILE.size
             if attributes & _LARGE_FILE:
@@ -142,6 +148,8 @@ class _Scan:
 
     def _sections(self, data: memoryview, depth: int) -> None:
         for kind, body in _sections(data):
+            if not self._go_on():
+                return
             if kind == _VOLUME_SECTION:
                 self.volumes(body, depth + 1)
             elif kind == _GUIDED_SECTION and depth < MAX_DEPTH:

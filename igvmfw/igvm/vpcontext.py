@@ -166,7 +166,7 @@ def parse_cca(data: Buffer) -> dict[str, int]:
 
 
 def _zero_from(data: Buffer, start: int) -> None:
-    if any(data[start:]):
+    if bytes(data[start:]).strip(b"\0"):
         raise IgvmError("bytes behind the VP context's structure are not zero")
 
 
@@ -212,8 +212,8 @@ def parse_vbs(data: Buffer, architecture: Architecture) -> VbsContext:
         data: The file data from the context's offset on.
         architecture: Of the file; it gives the register numbers their meaning.
     Raises:
-        IgvmError: The list is empty or longer than the data, its VTLs differ or do not exist, or
-            a register is not one that an initial context may set.
+        IgvmError: The list is empty, longer than the data, or than the registers there are; its
+            VTLs differ or do not exist, or a register is not one that an initial context may set.
     """
     (count,) = U32.read(data, 0, "VBS VP context")
     if count == 0:
@@ -223,6 +223,8 @@ def parse_vbs(data: Buffer, architecture: Architecture) -> VbsContext:
         raise IgvmError(f"{count} registers need {size} bytes, {len(data)} are left")
     x64 = architecture is Architecture.X64
     names = VBS_X64_REGISTERS if x64 else VBS_AARCH64_REGISTERS
+    if count > len(names):  # each header may name the same list: it must not be long
+        raise IgvmError(f"the VP context sets {count} registers, there are {len(names)}")
     registers: list[VbsRegister] = []
     vtl: int | None = None
     for index in range(count):
