@@ -107,7 +107,7 @@ class Launch:
     Attributes:
         domain: The domain as it runs.
         platform: SEV, SEV-ES or SEV-SNP.
-        policy: The guest policy it was launched with; None where libvirt does not tell.
+        policy: The guest policy: on SEV and SEV-ES as launched, on SEV-SNP as the domain states it.
         measurement: On SEV and SEV-ES.
     """
 
@@ -192,11 +192,11 @@ def inquire(connection: Connection, name: str) -> Launch:
             where=where,
             hint="only domains with <launchSecurity type='sev'> or 'sev-snp' can be verified",
         )
+    if platform is Platform.SEV_SNP:
+        # libvirt asks QEMU for a measurement here, too, and fails as there is none (11.3)
+        return Launch(domain=domain, platform=platform, policy=security.policy, measurement=None)
     with translated(where):
         values = native.launchSecurityInfo()
-    if platform is Platform.SEV_SNP:
-        policy = values.get("sev-snp-policy", security.policy)
-        return Launch(domain=domain, platform=platform, policy=policy, measurement=None)
     try:
         measurement = Measurement.from_libvirt(values)
     except LibvirtError as error:
