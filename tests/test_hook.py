@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from igvmfw.platforms import Platform
 from igvmfw.virt.domain import Domain
 from igvmfw.virt.record import NAMESPACE, OnChange
 from tests.igvm import samples
+from tests.parts import need
 from tests.virt import domains
 
 FRONT = Path(__file__).parents[1] / "packaging" / "libvirt-hook" / "igvmfw"
@@ -99,6 +101,7 @@ def test_an_emulator_that_others_can_write_to_is_not_run(tmp_path: Path) -> None
 
 def binary(path: Path) -> Path:
     """An emulator that is no script."""
+    need(shutil.which("gcc") is not None, "gcc")
     source = path.with_suffix(".c")
     source.write_text(
         "#include <stdio.h>\n"
@@ -197,9 +200,10 @@ def test_a_host_is_asked_for_its_platforms(tmp_path: Path, platform: Platform) -
             check_host(platform, tmp_path)
 
 
-def front(directory: Path, python: str) -> Path:
+def front(directory: Path, python: str, shell: str = "sh") -> Path:
     path = directory / "igvmfw"
-    path.write_text(FRONT.read_text().replace("python=/usr/bin/python3", f"python={python}"))
+    text = FRONT.read_text().replace("python=/usr/bin/python3", f"python={python}")
+    path.write_text(text.replace("#!/bin/sh", f"#!/usr/bin/env {shell}"))
     path.chmod(0o755)
     return path
 
@@ -223,16 +227,21 @@ def test_only_a_start_is_ever_stopped(tmp_path: Path, operation: str) -> None:
     assert call(broken, OWN, "guest", operation, "begin", "-") == (0, "", "")
     code, out, err = call(broken, OWN, "guest", "prepare", "begin", "-")
     assert (code, out) == (1, "")
-    assert "/nowhere/python3: not found" in err
+    assert err.startswith("igvmfw: error: cannot check the IGVM firmware of guest: ")
+    assert "/nowhere/python3: " in err
+    assert err.count("\n") == 1
     # nor by the module itself
     words = [sys.executable, "-I", "-m", "igvmfw.hook", "guest", operation, "begin", "-"]
     done = subprocess.run(words, input=b"<", capture_output=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
+@pytest.mark.parametrize("shell", ["sh", "dash", "bash"])
 @pytest.mark.parametrize("quote", ["'", '"'])
-def test_the_shell_knows_igvmfws_domains(tmp_path: Path, quote: str) -> None:
-    broken = front(tmp_path, "/bin/false")
+def test_the_shell_knows_igvmfws_domains(tmp_path: Path, quote: str, shell: str) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell} on this system")
+    broken = front(tmp_path, "/bin/false", shell)
     own = OWN.replace(b"'", quote.encode())
     assert call(broken, own, "guest", "prepare", "begin", "-")[0] == 1
     others = [
