@@ -345,9 +345,14 @@ def test_what_a_foreign_domain_pays(
             assert (done.stdout, done.stderr) == (b"", b"")
         return (time.monotonic() - begin) / times * 1000
 
+    used_here = Path("/run/igvmfw").exists()
     cheap = cost(foreign, 100)
     assert not started.exists()
-    dear = cost(own, 5)
+    try:
+        dear = cost(own, 5)
+    finally:  # it ran on the host itself
+        if not used_here:
+            shutil.rmtree("/run/igvmfw", ignore_errors=True)
     assert started.exists()
     with capsys.disabled():
         print(
