@@ -175,7 +175,7 @@ def verdicts(
 
 
 def test_verdict_and_content_are_the_reference_crates(
-    verdicts: list[tuple[bytes, str]],
+    verdicts: list[tuple[bytes, str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     counts: Counter[str] = Counter(files=len(verdicts))
     for index, (data, verdict) in enumerate(verdicts):
@@ -195,12 +195,15 @@ def test_verdict_and_content_are_the_reference_crates(
         else:
             assert notation(image) == expected, f"file {index}"
             counts["both accept, content equal"] += 1
-    print("\nreference crate:", ", ".join(f"{n} {what}" for what, n in counts.items()))
+    with capsys.disabled():
+        print("\nreference crate:", ", ".join(f"{n} {what}" for what, n in counts.items()))
     assert counts["both refuse"] > COUNT / 4
     assert counts["both accept, content equal"] > COUNT / 20
 
 
-def test_digests_in_file_order_are_the_crates(verdicts: list[tuple[bytes, str]]) -> None:
+def test_digests_in_file_order_are_the_crates(
+    verdicts: list[tuple[bytes, str]], capsys: pytest.CaptureFixture[str]
+) -> None:
     counts: Counter[str] = Counter()
     for index, (data, verdict) in enumerate(verdicts):
         image, _ = read(data)
@@ -213,13 +216,14 @@ def test_digests_in_file_order_are_the_crates(verdicts: list[tuple[bytes, str]])
             own = launch_digest(image, platform, vmm=Vmm.SPEC).hex()
             assert own == digest, f"file {index}, {platform}"
             counts[f"{platform} equal"] += 1
-    print("\nthe crate's digests:", ", ".join(f"{n} {what}" for what, n in counts.items()))
+    with capsys.disabled():
+        print("\nthe crate's digests:", ", ".join(f"{n} {what}" for what, n in counts.items()))
     for platform in (Platform.SEV_SNP, Platform.TDX, Platform.VSM):
         assert counts[f"{platform} equal"] > GENERATED / 3
 
 
 def test_digests_are_igvmmeasures_where_nothing_is_known_to_differ(
-    verdicts: list[tuple[bytes, str]],
+    verdicts: list[tuple[bytes, str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     counts: Counter[str] = Counter()
     for index, (data, verdict) in enumerate(verdicts):
@@ -233,7 +237,8 @@ def test_digests_are_igvmmeasures_where_nothing_is_known_to_differ(
             own = launch_digest(image, platform, vmm=Vmm.SPEC).hex()
             assert own == digest, f"file {index}, {platform}"
             counts[f"{platform} equal"] += 1
-    print("\nigvmmeasure's digests:", ", ".join(f"{n} {what}" for what, n in counts.items()))
+    with capsys.disabled():
+        print("\nigvmmeasure's digests:", ", ".join(f"{n} {what}" for what, n in counts.items()))
     for platform in (Platform.SEV, Platform.SEV_ES, Platform.SEV_SNP):
         assert counts[f"{platform} equal"] > GENERATED / 15
 

@@ -107,6 +107,21 @@ def pages_shown(lines: list[str]) -> list[str]:
     return shown
 
 
+@pytest.mark.parametrize(
+    "flags", [[], ["--snp"], ["--no-native", "--snp"], ["--flat32"], ["--snp", "--flat32"]], ids=str
+)
+def test_what_igvm_wrap_writes_is_written_back_byte_for_byte(
+    flags: list[str], ovmf: Path, peers: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "theirs.igvm"
+    subprocess.run(
+        [peers / "igvm-wrap", *flags, "-i", ovmf, "-o", file], check=True, timeout=60,
+        capture_output=True,
+    )  # fmt: skip
+    data = file.read_bytes()
+    assert IgvmFile.parse(data).write() == data
+
+
 def test_parameters_reach_native_and_snp_but_not_sev(ovmf_with_parameters: Path) -> None:
     image = IgvmFile.parse(wrap(ovmf_with_parameters.read_bytes(), [NATIVE, SEV, SEV_ES, SNP]))
     names = {
