@@ -4,6 +4,7 @@ Everything happens below .demo/ in the checkout, which each run makes anew; only
 builds is kept, in the cache.
 """
 
+import io
 import os
 import re
 import shlex
@@ -71,20 +72,19 @@ def step(title: str) -> None:
     global _step
     _step += 1
     print(f"\n\033[1m{_step}. {title}\033[0m" if sys.stdout.isatty() else f"\n{_step}. {title}")
-    sys.stdout.flush()
 
 
 def igvmfw(*words: str | Path, quiet: bool = False) -> str:
     """Run a command of igvmfw as a person would; its output is shown and returned."""
     command = ["igvmfw", *map(str, words)]
     shown = [word.replace(f"{CHECKOUT}/", "") for word in command]
-    print(f"$ {shlex.join(shown)}", flush=True)
+    print(f"$ {shlex.join(shown)}")
     program = Path(sys.executable).with_name("igvmfw")
     done = subprocess.run(
         [program, *command[1:]], stdout=subprocess.PIPE, text=True, check=False, timeout=120
     )
     if not quiet:
-        print(done.stdout, end="", flush=True)
+        print(done.stdout, end="")
     if done.returncode:
         sys.exit(f"demo: the command failed with exit status {done.returncode}")
     return done.stdout
@@ -140,7 +140,7 @@ def native_guest(emulator: Path) -> None:
     step("Defined and started by libvirt's embedded driver (TCG, as on any machine)")
     igvmfw("define", "-c", URI, "--root", ROOT, domain)
     igvmfw("start", "-c", URI, "demo")
-    print("waiting for the firmware (about 20 s) …", flush=True)
+    print("waiting for the firmware (about 20 s) …")
     print(boot_manager(serial))
 
 
@@ -180,6 +180,10 @@ def sev_es_guest(qemu: Path) -> None:
 
 def main() -> None:
     """Run the whole demonstration."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(
+            line_buffering=True
+        )  # what comes next may take a while, in a log too
     if not OVMF.exists():
         sys.exit(f"demo: {OVMF} is missing: install the package ovmf (make demo does)")
     qemu = printed("build-qemu.sh")
