@@ -6,7 +6,7 @@ BIN := .venv/bin
 TESTBED := tests/testbed
 PACKAGES := $(TESTBED)/packages.sh
 
-.PHONY: help demo test check lint types venv packages qemu testbed clean
+.PHONY: help demo test check lint types venv packages qemu testbed fuzz clean
 .DEFAULT_GOAL := help
 
 help: ## say what can be made
@@ -51,6 +51,12 @@ testbed: venv qemu ## everything the tests need, built into ~/.cache/igvmfw
 	    $(TESTBED)/peers.sh >/dev/null && $(TESTBED)/reference.sh >/dev/null
 	@$(TESTBED)/roots.sh >/dev/null
 	@$(BIN)/python -c 'from tests.testbed.standin import build_library; build_library()'
+
+# atheris has wheels for x86-64 and some versions of Python; without it hypothesis does
+fuzz: venv ## look for files that igvmfw does not cope with, for FUZZ_SECONDS (600)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --only-binary :all: atheris || \
+	    echo "no atheris for this Python: drawing files with hypothesis" >&2
+	@$(BIN)/python -m tests.fuzz.fuzz
 
 clean: ## remove what was made in the checkout; the cache stays
 	rm -rf .venv .demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -36,8 +36,8 @@ from igvmfw.igvm.headers import (
 from igvmfw.igvm.image import IgvmFile, mask_in
 from igvmfw.igvm.rules import AnyHeader
 from igvmfw.igvm.spec import (
+    LARGE_PAGE_SIZE,
     OPTIONAL_BIT,
-    PAGE_SIZE,
     HeaderType,
     PageDataType,
     Section,
@@ -88,7 +88,9 @@ class _Check:
         self._mask = 0
         self._areas: dict[int, int] = {}
         self._allocated = 0
-        self._pages: dict[int, int] = {}
+        self._pages: set[int] = set()  # addresses of pages of 4 KiB
+        self._frames: set[int] = set()  # of 2 MiB, with any page
+        self._large: set[int] = set()  # of 2 MiB, as one page
         self._id_blocks = 0
         self._contexts: set[int] = set()
         self._policy: int | None = None
@@ -241,11 +243,15 @@ class _Check:
                 "the launch digest is not the one of the file's own order",
             )
         yield from self._memory(page.gpa, page.guest_size, "the page")
-        for gpa in range(page.gpa, page.gpa + page.guest_size, PAGE_SIZE):
-            if gpa in self._pages:
-                yield self._twice(gpa)
-                break
-            self._pages[gpa] = 1
+        frame = page.gpa // LARGE_PAGE_SIZE
+        taken = self._frames if page.is_2mb_page else self._large
+        if frame in taken or page.gpa in self._pages:
+            yield self._twice(page.gpa)
+        self._frames.add(frame)
+        if page.is_2mb_page:
+            self._large.add(frame)
+        else:
+            self._pages.add(page.gpa)
 
     def _twice(self, gpa: int) -> Result:
         message = f"guest memory at 0x{gpa:x} is loaded twice"

@@ -1,21 +1,25 @@
 """All that igvmfw does with an IGVM file it knows nothing of: what fuzzing runs."""
 
 import contextlib
+from collections.abc import Sequence
 
+from igvmfw.check import check_image
 from igvmfw.errors import IgvmError, RefusedError, UsageError
+from igvmfw.findings import Guest
 from igvmfw.igvm.image import IgvmFile
 from igvmfw.igvm.measure import Vmm, launch_digest, stated_digest
 from igvmfw.igvm.payload import Payload, firmware_image, identify
 from igvmfw.igvm.summary import summarize
 from igvmfw.igvm.uefi import find_facts
 from igvmfw.platforms import Platform
+from igvmfw.qemu.acceptance import RELEASES, Acceptance
 from igvmfw.report import inspection, inspection_text, page_runs
 
 DIGESTS = tuple((platform, vmm) for platform in Platform for vmm in Vmm)
 
 
 def exercise(data: bytes) -> bool:
-    """Read, inspect and measure a file in every way.
+    """Read, inspect, measure and check a file in every way.
 
     Returns:
         Whether it breaks no rule.
@@ -36,6 +40,8 @@ def exercise(data: bytes) -> bool:
     if lenient is not None:
         inspect(lenient)
         measure(lenient)
+    if strict is not None:
+        check(strict)
     return strict is not None
 
 
@@ -69,6 +75,15 @@ def measure(image: IgvmFile) -> None:
         digest(image, platform, vmm)
     with contextlib.suppress(IgvmError, RefusedError):
         stated_digest(image)
+
+
+def check(image: IgvmFile, releases: Sequence[Acceptance] = RELEASES) -> None:
+    """The verdict on every platform."""
+    for platform in image.supported:
+        for release in releases:
+            for guest in (None, Guest(vcpus=2)):
+                for finding in check_image(image, platform, release, guest):
+                    assert finding.remedy
 
 
 def digest(image: IgvmFile, platform: Platform, vmm: Vmm) -> None:

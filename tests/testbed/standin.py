@@ -100,8 +100,9 @@ class SevEmulator:
             TimeoutError: It has not within `seconds`.
         """
         deadline = time.monotonic() + seconds
+        log = self.records / "launch.jsonl"
         while time.monotonic() < deadline:
-            if (self.records / "launch.jsonl").exists():
+            if log.exists() and b"\n" in log.read_bytes():  # its first step stands there whole
                 record = self.record()
                 if operation in record.operations:
                     return record
