@@ -118,6 +118,19 @@ def valid(name: str, out: str) -> None:
     jsonschema.validate(json.loads(out), schema)
 
 
+def test_lenient_shows_a_file_whose_pages_are_not_there(
+    run: Run, ovmf: Path, tmp_path: Path
+) -> None:
+    wrapped = tmp_path / "ovmf.igvm"
+    assert run("wrap", ovmf, "-o", wrapped)[0] == 0
+    cut = tmp_path / "cut.igvm"
+    cut.write_bytes(wrapped.read_bytes()[:-100_000])  # its headers are whole, its data is not
+    code, out, err = run("inspect", "--lenient", cut)
+    assert (code, err) == (3, "")
+    assert "file-size" in out
+    assert "PAGE_DATA" in out
+
+
 def test_one_bad_file_hides_no_other(run: Run, file: Path, tmp_path: Path) -> None:
     missing = tmp_path / "missing.igvm"
     code, out, err = run("inspect", missing, file)
