@@ -1,7 +1,7 @@
 //! Reads paths of IGVM files from standard input, one a line, and writes a line for each:
 //! `ok`, its content in a plain notation and its digests, or `error`, or `panic`.  A digest is
 //! `digest SOURCE TYPE HEX`: SOURCE is `crate` for the crate's own computing, and `igvmmeasure` for
-//! the algorithm of COCONUT-SVSM's tool of that name (tools/igvmmeasure, which is not on crates.io),
+//! the algorithm of COCONUT-SVSM's tool of that name (tools/igvmmeasure),
 //! written anew here; TYPE is the IgvmPlatformType.
 //! `igvm-peer --time FILE N` parses one file N times and prints the nanoseconds of each.
 
