@@ -127,14 +127,17 @@ def newer_libvirt() -> Iterator[str]:
             daemon.wait()
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say in the last lines which parts were missing, and how many tests with them."""
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Say in the very last lines which parts were missing, and how many tests with them."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if not isinstance(reporter, pytest.TerminalReporter):
+        return
     missing: dict[str, int] = {}
-    for report in terminalreporter.stats.get("skipped", []):
+    for report in reporter.stats.get("skipped", []):
         reason = report.longrepr[2].removeprefix("Skipped: ")
         if reason.startswith(SKIPPED):
             missing[reason] = missing.get(reason, 0) + 1
     if missing:
-        terminalreporter.section("NOT TESTED ON THIS MACHINE", red=True, bold=True)
+        reporter.section("NOT TESTED ON THIS MACHINE", red=True, bold=True)
         for reason, count in sorted(missing.items()):
-            terminalreporter.write_line(f"{count:4} tests skipped: {reason}", red=True)
+            reporter.write_line(f"{count:4} tests skipped: {reason}", red=True)
