@@ -191,6 +191,7 @@ build() {
     "$here/packages.sh" build
     log=$prefix.log
     : >"$log"
+    rm -rf "$prefix".??????  # what a killed run left
     work=$(mktemp -d "$prefix.XXXXXX")
     trap 'rm -rf "$work"' EXIT
     exec 3>&2 # the steps' own output goes to the log

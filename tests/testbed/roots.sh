@@ -52,6 +52,7 @@ make_root() {
     flock 9
     [ ! -d "$root" ] || return 0
     echo "roots.sh: making a root with $distribution $suite and its libvirt, about a minute" >&2
+    rm -rf --one-file-system "$root".??????  # what a killed run left
     work=$(mktemp -d "$root.XXXXXX")
     # shellcheck disable=SC2064  # the directory of now
     trap "rm -rf --one-file-system '$work'" EXIT
