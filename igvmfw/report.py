@@ -192,7 +192,7 @@ def page_runs(image: IgvmFile) -> Iterator[str]:
 
     for header in image.directives:
         if isinstance(header, PageData):
-            if previous is not None and _continues(previous, header):
+            if previous is not None and previous.is_continued_by(header):
                 count += 1
             else:
                 if first is not None:
@@ -208,16 +208,6 @@ def page_runs(image: IgvmFile) -> Iterator[str]:
         yield run()
 
 
-def _continues(page: PageData, following: PageData) -> bool:
-    return (
-        following.gpa == page.gpa + page.guest_size
-        and following.compatibility_mask == page.compatibility_mask
-        and following.flags == page.flags
-        and following.data_type == page.data_type
-        and (following.file_offset == 0) == (page.file_offset == 0)
-    )
-
-
 def _names_of(masks: _Masks, mask: int) -> str:
     names = [platform for platform, own in masks if own & mask]
     return ",".join(names) or f"mask 0x{mask:x} of no platform"
@@ -225,8 +215,6 @@ def _names_of(masks: _Masks, mask: int) -> str:
 
 def _run_line(masks: _Masks, page: PageData, count: int) -> str:
     end = page.gpa + count * page.guest_size
-    known = page.data_type in PageDataType._value2member_map_
-    kind = PageDataType(page.data_type).name if known else f"type {page.data_type}"
     flags = PageDataFlags(page.flags & 7)
     words = [flag.name.lower() for flag in PageDataFlags if flag in flags and flag.name]
     if page.file_offset == 0 and page.data_type == PageDataType.NORMAL:
@@ -234,7 +222,7 @@ def _run_line(masks: _Masks, page: PageData, count: int) -> str:
     tail = f" ({', '.join(words)})" if words else ""
     names = _names_of(masks, page.compatibility_mask)
     pages = f"{count} page{'s' * (count > 1)}"
-    return f"    PAGE_DATA  0x{page.gpa:x}-0x{end - 1:x}  {pages}  {kind}{tail}  {names}"
+    return f"    PAGE_DATA  0x{page.gpa:x}-0x{end - 1:x}  {pages}  {page.type_name}{tail}  {names}"
 
 
 def _directive_line(masks: _Masks, header: AnyHeader) -> str:

@@ -1,6 +1,9 @@
 """Parts that a test needs and not every machine has."""
 
+import importlib
+import importlib.util
 import os
+from types import ModuleType
 
 import pytest
 
@@ -23,3 +26,9 @@ def need(condition: bool, what: str) -> None:
     if os.environ.get("CI"):
         pytest.fail(reason, pytrace=False)
     pytest.skip(reason)
+
+
+def need_libvirt() -> ModuleType:
+    """libvirt's Python module, which the extra `libvirt` or python3-libvirt brings."""
+    need(importlib.util.find_spec("libvirt") is not None, "libvirt's Python module")
+    return importlib.import_module("libvirt")

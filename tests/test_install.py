@@ -37,6 +37,7 @@ from igvmfw.provenance import (
     sealed,
 )
 from igvmfw.qemu.descriptor import Descriptor
+from tests.parts import need_libvirt
 from tests.privilege import without_privilege
 from tests.qemu.test_descriptor import igvm_document
 
@@ -148,7 +149,7 @@ def test_beside_an_old_libvirt_descriptors_go_where_only_igvmfw_looks(
 
 
 def test_find_libvirt_agrees_with_libvirt() -> None:
-    libvirt = pytest.importorskip("libvirt")
+    libvirt = need_libvirt()
     number = libvirt.getVersion()
     version = (number // 1_000_000, number // 1000 % 1000, number % 1000)
     assert find_libvirt(Path("/")) == version

@@ -361,6 +361,26 @@ class PageData(Header):
         """Bytes of guest memory the page covers."""
         return LARGE_PAGE_SIZE if self.flags & _IS_2MB_PAGE else PAGE_SIZE
 
+    @property
+    def type_name(self) -> str:
+        """The data type as igvm_defs names it, or its number."""
+        known = self.data_type in PageDataType._value2member_map_
+        return PageDataType(self.data_type).name if known else f"type {self.data_type}"
+
+    def is_continued_by(self, following: "PageData") -> bool:
+        """Whether the other page goes on where this one ends, alike in all but its contents.
+
+        QEMU's rule for the pages it hands over together (backends/igvm.c,
+        qigvm_page_attrs_equal and qigvm_process_mem_page).
+        """
+        return (
+            following.gpa == self.gpa + self.guest_size
+            and following.flags == self.flags
+            and following.data_type == self.data_type
+            and following.compatibility_mask == self.compatibility_mask
+            and (following.file_offset == 0) == (self.file_offset == 0)
+        )
+
     def breaches(self) -> Iterator[Breach]:  # noqa: D102
         yield from _aligned("GPA", self.gpa, self.guest_size)
         if self.data_type > PageDataType.CPUID_XF:

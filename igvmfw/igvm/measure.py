@@ -234,7 +234,7 @@ def _updates(image: IgvmFile, platform: Platform, vmm: Vmm) -> Iterator[Update]:
         if type(header) is PageData:
             if in_file_order and header.shared:
                 continue
-            if region and (index != last + 1 or not _joins(region[-1], header)):
+            if region and (index != last + 1 or not region[-1].is_continued_by(header)):
                 yield flushed()
             region.append(header)
             last = index
@@ -247,16 +247,6 @@ def _updates(image: IgvmFile, platform: Platform, vmm: Vmm) -> Iterator[Update]:
                 yield Update(header.gpa, VMSA, [header.file_offset], image.content)
     if region:
         yield flushed()
-
-
-def _joins(page: PageData, following: PageData) -> bool:
-    return (
-        following.gpa == page.gpa + page.guest_size
-        and following.flags == page.flags
-        and following.data_type == page.data_type
-        and following.compatibility_mask == page.compatibility_mask
-        and (following.file_offset == 0) == (page.file_offset == 0)
-    )
 
 
 _SPECIAL = {

@@ -103,10 +103,7 @@ def summarize(image: IgvmFile, platform: Platform) -> Summary:
 
 def _count_page(page: PageData, sizes: Counter[str], special: Counter[str]) -> None:
     if page.data_type != PageDataType.NORMAL:
-        kind = page.data_type
-        known = kind in PageDataType._value2member_map_
-        name = PageDataType(kind).name.lower() if known else f"type {kind}"
-        special[f"{name} page"] += 1
+        special[f"{page.type_name.lower()} page"] += 1
     elif page.unmeasured or page.shared:
         sizes["unmeasured"] += page.guest_size
     else:

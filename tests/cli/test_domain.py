@@ -19,6 +19,7 @@ from igvmfw.virt.domain import Domain
 from igvmfw.virt.record import Record
 from tests.cli.test_image import one_line
 from tests.igvm import samples
+from tests.parts import need_libvirt
 from tests.virt import domains
 
 Run = Callable[..., tuple[int, str, str]]
@@ -273,7 +274,7 @@ TEST_DRIVER = "test:///default"  # libvirt's own: no QEMU, nothing outlives the 
 
 @pytest.fixture
 def libvirt() -> None:
-    pytest.importorskip("libvirt")
+    need_libvirt()
 
 
 def test_libvirts_errors_are_one_line_with_a_remedy(

@@ -1,24 +1,19 @@
 """Peers and firmware for the format's tests."""
 
 import struct
-import subprocess
 import uuid
 from pathlib import Path
 
 import pytest
 
 from tests.parts import need
-
-SCRIPT = Path(__file__).parents[1] / "testbed" / "peers.sh"
+from tests.testbed.cache import printed
 
 
 @pytest.fixture(scope="session")
 def peers() -> Path:
     """The directory with igvm-inspect and igvm-wrap."""
-    shown = subprocess.run(
-        [SCRIPT, "--print"], capture_output=True, text=True, check=True, timeout=60
-    )
-    found = Path(shown.stdout.strip())
+    found = printed("peers.sh")
     need((found / "igvm-wrap").exists(), "igvm-inspect and igvm-wrap (tests/testbed/peers.sh)")
     return found
 
@@ -56,10 +51,6 @@ def ovmf_with_parameters(ovmf: Path, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(scope="session")
 def reference() -> Path:
     """The program around the reference crate (tests/igvm/crate)."""
-    shown = subprocess.run(
-        [SCRIPT.with_name("reference.sh"), "--print"], capture_output=True, text=True, check=True,
-        timeout=60,
-    )  # fmt: skip
-    found = Path(shown.stdout.strip())
+    found = printed("reference.sh")
     need(found.exists(), "the reference crate's program (tests/testbed/reference.sh)")
     return found

@@ -7,7 +7,7 @@ are meant, which `STRICTER` and `LAXER` name here.
 import random
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -201,21 +201,34 @@ def test_verdict_and_content_are_the_reference_crates(
     assert counts["both accept, content equal"] > COUNT / 20
 
 
-def test_digests_in_file_order_are_the_crates(
-    verdicts: list[tuple[bytes, str]], capsys: pytest.CaptureFixture[str]
-) -> None:
+def compared(
+    verdicts: list[tuple[bytes, str]],
+    stated: Callable[[str], Mapping[Platform, str]],
+    differs: Callable[[IgvmFile, Platform], bool],
+    known: str,
+) -> Counter[str]:
+    """Every digest that a source states against ours; `differs` says which are meant to, `known`
+    why."""
     counts: Counter[str] = Counter()
     for index, (data, verdict) in enumerate(verdicts):
         image, _ = read(data)
         if image is None:
             continue
-        for platform, digest in digests.crate(verdict).items():
-            if digests.has_large_page(image, platform):
-                counts["files with 2 MiB pages, of which the crate measures 4 KiB"] += 1
+        for platform, digest in stated(verdict).items():
+            if differs(image, platform):
+                counts[known] += 1
                 continue
             own = launch_digest(image, platform, vmm=Vmm.SPEC).hex()
             assert own == digest, f"file {index}, {platform}"
             counts[f"{platform} equal"] += 1
+    return counts
+
+
+def test_digests_in_file_order_are_the_crates(
+    verdicts: list[tuple[bytes, str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = "files with 2 MiB pages, of which the crate measures 4 KiB"
+    counts = compared(verdicts, digests.crate, digests.has_large_page, known)
     with capsys.disabled():
         print("\nthe crate's digests:", ", ".join(f"{n} {what}" for what, n in counts.items()))
     for platform in (Platform.SEV_SNP, Platform.TDX, Platform.VSM):
@@ -225,18 +238,8 @@ def test_digests_in_file_order_are_the_crates(
 def test_digests_are_igvmmeasures_where_nothing_is_known_to_differ(
     verdicts: list[tuple[bytes, str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    counts: Counter[str] = Counter()
-    for index, (data, verdict) in enumerate(verdicts):
-        image, _ = read(data)
-        if image is None:
-            continue
-        for platform, digest in digests.igvmmeasure(verdict).items():
-            if digests.igvmmeasure_differs(image, platform):
-                counts["with a known difference"] += 1
-                continue
-            own = launch_digest(image, platform, vmm=Vmm.SPEC).hex()
-            assert own == digest, f"file {index}, {platform}"
-            counts[f"{platform} equal"] += 1
+    known = "with a known difference"
+    counts = compared(verdicts, digests.igvmmeasure, digests.igvmmeasure_differs, known)
     with capsys.disabled():
         print("\nigvmmeasure's digests:", ", ".join(f"{n} {what}" for what, n in counts.items()))
     for platform in (Platform.SEV, Platform.SEV_ES, Platform.SEV_SNP):

@@ -19,7 +19,7 @@ from igvmfw import presets
 from igvmfw.install import FIRST_TOLERANT_LIBVIRT, Level, choose_place
 from igvmfw.qemu.catalog import State, glob_matches, load, search_path
 from igvmfw.resources import template_names
-from tests.parts import need
+from tests.parts import need, need_libvirt
 from tests.qemu.test_catalog import SYSTEM, VENDOR, put
 from tests.qemu.test_descriptor import igvm_document
 
@@ -99,7 +99,7 @@ def ask_libvirt(
     root: Path, embed_root: Path, question: str = ASK_LIBVIRT
 ) -> subprocess.CompletedProcess[str]:
     need(os.geteuid() == 0, "root, for a mount namespace")
-    pytest.importorskip("libvirt")
+    need_libvirt()
     answer = subprocess.run(
         ["unshare", "-m", "sh", "-ec", MOUNTS, "-", root, sys.executable, question, embed_root],
         capture_output=True,

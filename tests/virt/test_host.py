@@ -11,7 +11,7 @@ import pytest
 from igvmfw.errors import LibvirtError, OutputError, UsageError
 from igvmfw.virt import embedded
 from igvmfw.virt.host import Capabilities, Connection, connect
-from tests.parts import need
+from tests.parts import need, need_libvirt
 from tests.sources import libvirt_source
 
 
@@ -66,7 +66,7 @@ class _Native:
     ],
 )
 def test_where_guests_run(uri: str, remote: bool, system: bool) -> None:
-    pytest.importorskip("libvirt")
+    need_libvirt()
     connection = Connection(_Native(uri))
     assert (connection.is_remote, connection.is_system) == (remote, system)
     if remote or system:
@@ -74,7 +74,7 @@ def test_where_guests_run(uri: str, remote: bool, system: bool) -> None:
 
 
 def test_a_limit_that_is_none_can_be_lifted(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("libvirt")
+    need_libvirt()
     unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
     monkeypatch.setattr(resource, "getrlimit", lambda which: unlimited)
     assert Connection(_Native("qemu:///session")).may_lock_memory
@@ -140,12 +140,12 @@ def test_one_process_at_a_time_has_a_root_open(uri_of_root: str) -> None:
 
 @pytest.fixture
 def uri_of_root(embed_root: Path) -> str:
-    pytest.importorskip("libvirt")
+    need_libvirt()
     return f"qemu:///embed?root={embed_root}"
 
 
 def test_no_daemon_is_an_error_with_a_remedy(tmp_path: Path) -> None:
-    pytest.importorskip("libvirt")
+    need_libvirt()
     uri = f"qemu+unix:///system?socket={tmp_path}/none"
     with pytest.raises(LibvirtError) as caught, connect(uri):
         pass
