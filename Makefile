@@ -49,7 +49,8 @@ testbed: venv qemu ## everything the tests need, built into ~/.cache/igvmfw
 	@$(PACKAGES) rust roots
 	@PATH="$$($(TESTBED)/rust.sh):$$PATH" && \
 	    $(TESTBED)/peers.sh >/dev/null && $(TESTBED)/reference.sh >/dev/null
-	@$(TESTBED)/roots.sh >/dev/null
+	@for suite in $$($(TESTBED)/roots.sh --suites); do \
+	    $(TESTBED)/roots.sh $$suite >/dev/null || exit; done
 	@$(BIN)/python -c 'from tests.testbed.standin import build_library; build_library()'
 
 # atheris has wheels for x86-64 and some versions of Python; without it hypothesis does

@@ -107,13 +107,14 @@ def newer_libvirt() -> Iterator[str]:
 
     It sees /tmp and the test bed's cache where they are; its guests end with it.
     """
-    root = printed("roots.sh")
+    suite = SUITES[0]
+    root = printed("roots.sh", suite)
     need(os.geteuid() == 0, "root, for a newer libvirt")
     need(root.is_dir(), "a root with a newer libvirt")
     with tempfile.TemporaryDirectory(prefix="igvmfw-libvirtd-", dir="/tmp") as directory:
         socket = Path(directory) / "libvirt-sock"
         with (Path(directory) / "log").open("wb") as log:
-            command = [str(SCRIPTS / "roots.sh"), "--serve", directory]
+            command = [str(SCRIPTS / "roots.sh"), suite, "--serve", directory]
             daemon = subprocess.Popen(command, stdout=log, stderr=log)
         try:
             for _ in range(300):

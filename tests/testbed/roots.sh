@@ -1,11 +1,14 @@
 #!/bin/bash
-# Makes a root directory with a newer release of this distribution and its libvirt (10.5 or newer,
-# which knows SEV-SNP) in the cache, through debootstrap. Needs root; takes about a minute.
+# Makes root directories with newer releases of this distribution and their libvirt (10.5 or newer,
+# which knows SEV-SNP) in the cache, through debootstrap. Needs root; each takes about a minute.
 #
-# usage: roots.sh [--print]        prints the root's path; --print makes nothing
-#        roots.sh --serve DIR      runs that libvirtd until it is killed, and its guests with it;
-#                                  its socket is DIR/libvirt-sock. The root itself stays as it is,
-#                                  and /tmp and the cache are in it where they are outside
+# usage: roots.sh --suites              names the releases there are roots of, newest last
+#        roots.sh SUITE                 prints a root's path, made where it is missing
+#        roots.sh SUITE --print         prints it, and makes nothing
+#        roots.sh SUITE --serve DIR     runs the root's libvirtd until it is killed, and its guests
+#                                       with it; its socket is DIR/libvirt-sock. The root itself
+#                                       stays as it is, and /tmp and the cache are in it where they
+#                                       are outside
 set -euo pipefail
 
 here=$(dirname "$(realpath "$0")")
@@ -16,12 +19,20 @@ packages="libvirt-daemon libvirt-daemon-driver-qemu libglib2.0-0t64 libslirp0 li
 # shellcheck disable=SC1091
 distribution=$(. /etc/os-release && echo "${ID-}")
 case $distribution in
-    debian) suite=trixie script=sid components=main ;;
-    ubuntu) suite=resolute script=gutsy components=main,universe ;;
+    debian) suites="trixie sid" script=sid components=main ;;
+    ubuntu) suites=resolute script=gutsy components=main,universe ;;
     *)
         echo "roots.sh: knows how to make a root on Debian and Ubuntu only" >&2
         exit 4
         ;;
+esac
+if [ "${1-}" = --suites ]; then
+    echo "$suites"
+    exit
+fi
+case " $suites " in
+    *" ${1:?names no suite} "*) suite=$1 ;;
+    *) echo "roots.sh: no suite named $1; there are: $suites" >&2; exit 2 ;;
 esac
 root=$cache/root-$suite-$(sha256sum "$here/roots.sh" | cut -c 1-16)
 
@@ -82,7 +93,7 @@ group = "root"
 remember_owner = 0
 cgroup_controllers = []
 CONF
-    exec unshare --mount --pid --fork --kill-child "$0" --inside "$1"
+    exec unshare --mount --pid --fork --kill-child "$0" "$suite" --inside "$1"
 }
 
 inside() { # DIR
@@ -105,10 +116,10 @@ inside() { # DIR
     wait
 }
 
-case ${1-} in
+case ${2-} in
     "") [ -d "$root" ] || make_root; echo "$root" ;;
     --print) echo "$root" ;;
-    --serve) serve "$2" ;;
-    --inside) inside "$2" ;;
-    *) echo "roots.sh: unknown option $1" >&2; exit 2 ;;
+    --serve) serve "$3" ;;
+    --inside) inside "$3" ;;
+    *) echo "roots.sh: unknown option $2" >&2; exit 2 ;;
 esac
