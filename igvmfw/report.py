@@ -15,12 +15,13 @@ from igvmfw.igvm.summary import RESET_ENTRY, context_registers, data_size, summa
 from igvmfw.platforms import Platform
 
 _Masks = tuple[tuple[Platform, int], ...]  # a file's platforms with their compatibility masks
+_UNITS = [(f"{prefix}iB", 1 << 10 * power) for power, prefix in zip(range(6, 0, -1), "EPTGMK", strict=True)]
 _ENUMS = {"platform_type": PlatformType, "data_type": PageDataType}
 
 
 def size_text(size: int) -> str:
     """A size in bytes as people write it."""
-    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+    for unit, factor in _UNITS:
         if size >= factor:
             return f"{size / factor:.4g} {unit}"
     return f"{size} bytes"
