@@ -152,7 +152,8 @@ class _Drawing:
         for name, value in {**size, "viewBox": f"0 0 {size['width']} {size['height']}"}.items():
             self._root.set(name, value)
         ElementTree.indent(self._root)
-        return ElementTree.tostring(self._root, encoding="utf-8", xml_declaration=True) + b"\n"
+        content: bytes = ElementTree.tostring(self._root, encoding="utf-8", xml_declaration=True)
+        return content + b"\n"
 
     def _head(self) -> None:
         memory, width = self._memory, self._width - 2 * MARGIN
@@ -182,9 +183,10 @@ class _Drawing:
         for index in range(len(self._memory.columns)):
             box = self._box(self._x(index), self._y, self._column, end - self._y)
             self._sub(self._root, "rect", {"class": "panel", **box})
-        edges = [row.start for row in rows] + [row.end for row in rows[-1:]]
-        for edge, top in zip(edges, tops, strict=True if rows else False):
-            self._edge(edge, top)
+        for row, top in zip(rows, tops, strict=False):
+            self._edge(row.start, top)
+        if rows:
+            self._edge(rows[-1].end, end)
         for index in range(len(self._memory.columns)):
             for first, last in _boxes(rows, index):
                 region = rows[first].cells[index]
@@ -196,7 +198,7 @@ class _Drawing:
         self._y = end + 14
         if self._memory.hidden:
             self._y += 8
-            text = f"… and {self._memory.hidden:,} more ranges, which are not drawn"
+            text = f"… and {self._memory.hidden:,} more regions, which are not drawn"
             self._text(self._x(0), self._y, text, BODY)
             self._y += 12
 

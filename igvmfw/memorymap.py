@@ -4,15 +4,16 @@ Addresses go down the page, platforms stand side by side, and each row is a rang
 which no platform changes.  Ranges that no platform uses are folded into one row of their own.
 """
 
+import itertools
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from igvmfw.errors import IgvmError
 from igvmfw.igvm.image import IgvmFile
-from igvmfw.igvm.landmarks import Landmark, find_landmarks
+from igvmfw.igvm.landmarks import named_regions
 from igvmfw.igvm.payload import Payload
-from igvmfw.igvm.regions import Region, RegionKind, find_regions
+from igvmfw.igvm.regions import Region, RegionKind
 from igvmfw.igvm.spec import PAGE_SIZE
 from igvmfw.igvm.summary import RESET_ENTRY, summarize
 from igvmfw.platforms import Platform
@@ -71,7 +72,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryMap:
-    """A file's memory as it is shown; `hidden` counts the rows that are left out at the end."""
+    """A file's memory as it is shown; `hidden` counts the regions that are left out at the end."""
 
     title: str
     subtitle: str
@@ -95,38 +96,22 @@ def map_memory(image: IgvmFile, name: str, payload: Payload) -> MemoryMap:
         name: The file's name, as the title.
         payload: What it carries.
     """
-    columns = tuple(_column(image, platform) for platform in image.supported)
-    rows: list[Row] = []
-    hidden = 0
-    for row in _rows([column.regions for column in columns]):
-        if len(rows) < MAX_ROWS:
-            rows.append(row)
-        else:
-            hidden += not row.is_gap
+    columns = tuple(_column(image, platform, payload) for platform in image.supported)
+    rows = tuple(_rows([column.regions for column in columns]))
+    end = rows[-1].end if rows else 0
+    hidden = sum(
+        len(column.regions) - bisect_left(column.regions, end, key=lambda region: region.start)
+        for column in columns
+    )
     return MemoryMap(
         title=name,
         subtitle=f"IGVM revision {image.revision}, {image.architecture.name}, "
         f"{size_text(len(image.content))}",
         payload=payload_text(payload),
         columns=columns,
-        rows=tuple(rows),
+        rows=rows,
         hidden=hidden,
     )
-
-
-def named_regions(image: IgvmFile, platform: Platform) -> tuple[Region, ...]:
-    """The memory of a platform with names, as far as the file's data can be read.
-
-    Raises:
-        IgvmError: The image does not have the platform.
-    """
-    landmarks: tuple[Landmark, ...] = ()
-    try:
-        landmarks = find_landmarks(image, platform)
-    except IgvmError:
-        if not image.problems:
-            raise
-    return find_regions(image, platform, landmarks)
 
 
 def label_of(region: Region) -> str:
@@ -143,7 +128,7 @@ def pages_text(region: Region) -> str:
     return f"{count:,} page{'s' * (count != 1)}"
 
 
-def _column(image: IgvmFile, platform: Platform) -> Column:
+def _column(image: IgvmFile, platform: Platform, payload: Payload) -> Column:
     summary = summarize(image, platform)
     policy = "" if summary.policy is None else f", policy 0x{summary.policy:x}"
     verb = "loaded" if platform is Platform.NATIVE else "measured"
@@ -153,7 +138,7 @@ def _column(image: IgvmFile, platform: Platform) -> Column:
         entries[MAX_ENTRIES:] = [f"{more} more vCPUs"]
     return Column(
         platform=platform,
-        regions=named_regions(image, platform),
+        regions=named_regions(image, platform, payload),
         mask=f"mask 0x{summary.mask:x}{policy}",
         total=f"{size_text(summary.measured)} {verb}",
         entries=tuple(entries) or (RESET_ENTRY,),
@@ -161,12 +146,17 @@ def _column(image: IgvmFile, platform: Platform) -> Column:
 
 
 def _rows(columns: Sequence[Sequence[Region]]) -> Iterator[Row]:
-    """One row for each range between two addresses at which some column changes."""
+    """One row for each range between two addresses at which some column changes, the first ones."""
     edges = sorted(
-        {edge for regions in columns for region in regions for edge in (region.start, region.end)}
-    )
+        {
+            edge
+            for regions in columns
+            for region in regions[: MAX_ROWS + 1]
+            for edge in (region.start, region.end)
+        }
+    )[: MAX_ROWS + 1]
     nearest = [0] * len(columns)
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in itertools.pairwise(edges):
         cells: list[Region | None] = []
         for index, regions in enumerate(columns):
             while nearest[index] < len(regions) and regions[nearest[index]].end <= start:

@@ -12,8 +12,14 @@ from igvmfw.errors import IgvmError
 from igvmfw.igvm.headers import PageData, VpContext
 from igvmfw.igvm.image import IgvmFile
 from igvmfw.igvm.ovmf import OvmfTables, SectionKind
-from igvmfw.igvm.payload import FOUR_GIB, find_svsm_marks, firmware_image, identify
-from igvmfw.igvm.regions import Landmark
+from igvmfw.igvm.payload import (
+    FOUR_GIB,
+    Payload,
+    find_svsm_marks,
+    firmware_image,
+    identify,
+)
+from igvmfw.igvm.regions import Landmark, Region, find_regions
 from igvmfw.igvm.spec import PAGE_SIZE
 from igvmfw.igvm.summary import find_entry_address
 from igvmfw.igvm.uefi import find_volumes
@@ -32,16 +38,28 @@ _SECTIONS = {
 }
 
 
-def find_landmarks(image: IgvmFile, platform: Platform) -> tuple[Landmark, ...]:
-    """The named parts of a platform's memory.
+def named_regions(image: IgvmFile, platform: Platform, known: Payload) -> tuple[Region, ...]:
+    """The memory of a platform with names, as far as the data of a damaged file can be read.
 
     Args:
         image: The file.
         platform: Whose memory.
+        known: What was found in the memory of one of the file's platforms, not looked for again.
     Raises:
-        IgvmError: The file does not have the platform, or its data cannot be read.
+        IgvmError: The image does not have the platform, or its data cannot be read though no
+            rule was broken.
     """
-    payload = identify(image, platform)
+    landmarks: tuple[Landmark, ...] = ()
+    try:
+        payload = known if known.platform is platform else identify(image, platform)
+        landmarks = _landmarks(image, platform, payload)
+    except IgvmError:
+        if not image.problems:
+            raise
+    return find_regions(image, platform, landmarks)
+
+
+def _landmarks(image: IgvmFile, platform: Platform, payload: Payload) -> tuple[Landmark, ...]:
     found: list[Landmark] = []
     if payload.tables is not None:
         if payload.svsm is None:  # else the SVSM lays out what OVMF's tables ask for, later

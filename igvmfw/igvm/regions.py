@@ -24,6 +24,7 @@ from igvmfw.igvm.headers import (
     VpContext,
 )
 from igvmfw.igvm.image import IgvmFile
+from igvmfw.igvm.rules import AnyHeader
 from igvmfw.igvm.spec import PAGE_SIZE, HeaderType, PageDataType, PlatformType
 from igvmfw.platforms import Platform
 
@@ -110,7 +111,8 @@ def find_regions(
         IgvmError: The image does not have the platform.
     """
     laid = _merged(_flat(list(_spans(image, platform))))
-    return tuple(_named(laid, tuple(landmarks)))
+    marks = tuple(landmarks)
+    return tuple(_named(laid, marks) if marks else laid)
 
 
 def page_kind(page: PageData) -> RegionKind:
@@ -124,53 +126,66 @@ def page_kind(page: PageData) -> RegionKind:
 
 def _spans(image: IgvmFile, platform: Platform) -> Iterator[_Span]:
     """What the headers lay out, in file order; pages that continue each other as one."""
-    areas: dict[int, tuple[int, list[str]]] = {}
-    contexts: dict[int, list[int]] = {}
-    run: tuple[int, int, int, RegionKind] | None = None  # start, end, rank, kind
-    with_vmsa = image.find_platform(platform)
-    takes_vmsa = with_vmsa is not None and with_vmsa.platform_type in _WITH_VMSA
+    other = _Others(image, platform)
+    run: _Span | None = None
     for rank, header in enumerate(image.for_platform(platform)):
         if type(header) is PageData:
             kind = page_kind(header)
             end = header.gpa + header.guest_size
-            if run is not None and run[1] == header.gpa and run[3] is kind:
-                run = (run[0], end, rank, kind)
-            else:
-                if run is not None:
-                    yield _span(*run)
-                run = (header.gpa, end, rank, kind)
-            continue
-        if run is not None:
-            yield _span(*run)
-            run = None
+            if run is not None and run.end == header.gpa and run.kind is kind:
+                run = _Span(run.start, end, rank, kind, None)
+                continue
+            if run is not None:
+                yield run
+            run = _Span(header.gpa, end, rank, kind, None)
+        else:
+            if run is not None:
+                yield run
+                run = None
+            yield from other.spans(header, rank)
+    if run is not None:
+        yield run
+    yield from other.contexts(len(image.headers))
+
+
+class _Others:
+    """What headers other than pages lay out."""
+
+    def __init__(self, image: IgvmFile, platform: Platform) -> None:
+        self._areas: dict[int, tuple[int, list[str]]] = {}  # by index: size, what is in it
+        self._contexts: dict[int, list[int]] = {}  # by address: whose
+        declared = image.find_platform(platform)
+        self._has_vmsa = declared is not None and declared.platform_type in _WITH_VMSA
+
+    def spans(self, header: AnyHeader, rank: int) -> Iterator[_Span]:
+        """The memory of one header."""
         match header:
             case ParameterArea():
-                areas[header.parameter_area_index] = (header.number_of_bytes, [])
+                self._areas[header.parameter_area_index] = (header.number_of_bytes, [])
             case Parameter():
-                _, names = areas.get(header.parameter_area_index, (0, []))
+                _, names = self._areas.get(header.parameter_area_index, (0, []))
                 names.append(_parameter_name(header.type))
             case ParameterInsert():
-                size, names = areas.get(header.parameter_area_index, (0, []))
-                kind = RegionKind.PARAMETERS
-                yield _span(header.gpa, header.gpa + size, rank, kind, _listed(names) or None)
+                size, names = self._areas.get(header.parameter_area_index, (0, []))
+                name = _listed(names) or None
+                yield _Span(header.gpa, header.gpa + size, rank, RegionKind.PARAMETERS, name)
             case RequiredMemory():
                 end = header.gpa + header.number_of_bytes
-                yield _span(header.gpa, end, _BELOW_ALL, RegionKind.REQUIRED)
+                yield _Span(header.gpa, end, _BELOW_ALL, RegionKind.REQUIRED, None)
             case ErrorRange():
                 end = header.gpa + header.size_bytes
-                yield _span(header.gpa, end, rank, RegionKind.ERROR_RANGE)
-            case VpContext() if takes_vmsa:
-                contexts.setdefault(header.gpa, []).append(header.vp_index)
-    if run is not None:
-        yield _span(*run)
-    for gpa, indices in contexts.items():
-        plural = "s" * (len(indices) > 1)
-        name = f"of vCPU{plural} {_listed([str(index) for index in sorted(indices)])}"
-        yield _span(gpa, gpa + PAGE_SIZE, len(image.headers), RegionKind.VMSA, name)
+                yield _Span(header.gpa, end, rank, RegionKind.ERROR_RANGE, None)
+            case VpContext() if self._has_vmsa:
+                self._contexts.setdefault(header.gpa, []).append(header.vp_index)
+            case _:
+                pass
 
-
-def _span(start: int, end: int, rank: int, kind: RegionKind, name: str | None = None) -> _Span:
-    return _Span(start, min(end, U64_SPACE), rank, kind, name)
+    def contexts(self, rank: int) -> Iterator[_Span]:
+        """The VMSAs, all at their end: KVM gives those of every processor one address."""
+        for gpa, indices in self._contexts.items():
+            plural = "s" * (len(indices) > 1)
+            name = f"of vCPU{plural} {_listed([str(index) for index in sorted(indices)])}"
+            yield _Span(gpa, gpa + PAGE_SIZE, rank, RegionKind.VMSA, name)
 
 
 def _parameter_name(header_type: int) -> str:
@@ -183,9 +198,14 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join([*names[:MAX_NAMED], *([f"{more} more"] if more > 0 else [])])
 
 
-def _flat(spans: list[_Span]) -> Iterator[Region]:
+def _flat(spans: list[_Span]) -> Iterator[_Span]:
     """The topmost span at each address, in pieces that end wherever another one begins."""
-    spans = sorted(span for span in spans if span.start < span.end)
+    spans = [
+        span if span.end <= U64_SPACE else span._replace(end=U64_SPACE)
+        for span in spans
+        if span.start < span.end
+    ]
+    spans.sort(key=lambda span: span.start)
     waiting: list[tuple[int, int]] = []  # negative rank, index: the topmost comes first
     index = at = 0
     while index < len(spans) or waiting:
@@ -201,26 +221,23 @@ def _flat(spans: list[_Span]) -> Iterator[Region]:
         top = spans[waiting[0][1]]
         following = spans[index].start if index < len(spans) else U64_SPACE
         until = min(top.end, following)
-        yield Region(start=at, end=until, kind=top.kind, name=top.name)
+        yield _Span(at, until, top.rank, top.kind, top.name)
         at = until
 
 
-def _merged(regions: Iterable[Region]) -> Iterator[Region]:
+def _merged(spans: Iterable[_Span]) -> Iterator[Region]:
     """Neighbours that are alike as one."""
-    current: Region | None = None
-    for region in regions:
-        if current is not None and (current.end, current.kind, current.name) == (
-            region.start, region.kind, region.name,
-        ):  # fmt: skip
-            current = Region(
-                start=current.start, end=region.end, kind=region.kind, name=region.name
-            )
+    start = end = 0
+    kind, name = RegionKind.UNKNOWN, None
+    for span in spans:
+        if span.start == end and span.kind is kind and span.name == name:
+            end = span.end
             continue
-        if current is not None:
-            yield current
-        current = region
-    if current is not None:
-        yield current
+        if end:
+            yield Region(start=start, end=end, kind=kind, name=name)
+        start, end, _, kind, name = span
+    if end:
+        yield Region(start=start, end=end, kind=kind, name=name)
 
 
 def _named(regions: Iterable[Region], landmarks: Sequence[Landmark]) -> Iterator[Region]:

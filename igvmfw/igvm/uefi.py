@@ -79,7 +79,8 @@ class Volume(NamedTuple):
 
 def find_volumes(firmware: bytes) -> tuple[Volume, ...]:
     """The volumes of a firmware image, one after the other; those within them are not looked at."""
-    data, found = memoryview(firmware), []
+    data = memoryview(firmware)
+    found: list[Volume] = []
     at = firmware.find(b"_FVH")
     while at >= 0 and len(found) < MAX_VOLUMES:
         start, end = at - _SIGNATURE, at + 4
