@@ -30,6 +30,8 @@ def map_lines(memory: MemoryMap, *, width: int, ascii_only: bool = False) -> Ite
     for line in _lines(memory, max(width, 40)):
         while line and not line[-1][0].strip():
             line.pop()
+        if line:
+            line[-1] = (line[-1][0].rstrip(), line[-1][1])
         yield [(_plain(text), style) for text, style in line] if ascii_only else line
 
 
@@ -69,7 +71,8 @@ def _table(memory: MemoryMap, chosen: Sequence[int], axis: int, width: int) -> I
     for row in rows:
         line: Line = [(f"{f'0x{row.start:x}':>{axis}}", "dim")]
         if row.is_gap:
-            line.append((f" ~ ~ ~  {size_text(row.end - row.start)} not laid out", "dim"))
+            text = f" ~ {size_text(row.end - row.start)} not laid out"
+            line.append((text[: width - axis], "dim"))
         else:
             for region, above in zip(row.cells, before, strict=True):
                 line += _cell(region, each, goes_on=region is above)
