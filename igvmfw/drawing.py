@@ -48,7 +48,7 @@ SHADES = {
     RegionKind.VMSA: Shade("#f0e442", "#000000", "#fbf8cd", "#47430e"),
     RegionKind.ERROR_RANGE: Shade("#333333", "#ffffff", "#d9d9d9", "#3d3d3d"),
     RegionKind.REQUIRED: Shade("#a3a9b2", "#000000", "#f3f4f6", "#23272e"),
-    RegionKind.UNKNOWN: Shade("#ffffff", "#000000", "#ffffff", "#2e2e2e"),
+    RegionKind.UNKNOWN: Shade("#7a5c3e", "#ffffff", "#ece3da", "#3a2d20"),
 }
 # by class: (property, light, dark)
 INKS: dict[str, tuple[str, str, str]] = {
@@ -160,8 +160,8 @@ class _Drawing:
         title = fitted(_clean(memory.title)[:MAX_TITLE], width, TITLE * 1.1)
         self._y += TITLE
         self._text(MARGIN, self._y, title, TITLE, bold=True)
-        carries = f"carries {memory.payload}"
-        for line in (memory.subtitle, *wrapped(carries, width, BODY)):
+        payload = f"payload: {memory.payload}"
+        for line in (memory.subtitle, *wrapped(payload, width, BODY)):
             self._y += 20
             self._text(MARGIN, self._y, fitted(line, width, BODY), BODY, "soft")
         self._y += 36
