@@ -15,7 +15,7 @@ from igvmfw.igvm.landmarks import named_regions
 from igvmfw.igvm.payload import Payload
 from igvmfw.igvm.regions import Region, RegionKind
 from igvmfw.igvm.spec import PAGE_SIZE
-from igvmfw.igvm.summary import RESET_ENTRY, summarize
+from igvmfw.igvm.summary import RESET_ENTRY, Summary, summarize
 from igvmfw.platforms import Platform
 from igvmfw.report import payload_text, size_text
 
@@ -96,7 +96,7 @@ def map_memory(image: IgvmFile, name: str, payload: Payload) -> MemoryMap:
         name: The file's name, as the title.
         payload: What it carries.
     """
-    columns = tuple(_column(image, platform, payload) for platform in image.supported)
+    columns = tuple(_column(image, summary, payload) for summary in summarize(image))
     rows = tuple(_rows([column.regions for column in columns]))
     end = rows[-1].end if rows else 0
     hidden = sum(
@@ -128,8 +128,8 @@ def pages_text(region: Region) -> str:
     return f"{count:,} page{'s' * (count != 1)}"
 
 
-def _column(image: IgvmFile, platform: Platform, payload: Payload) -> Column:
-    summary = summarize(image, platform)
+def _column(image: IgvmFile, summary: Summary, payload: Payload) -> Column:
+    platform = summary.platform
     policy = "" if summary.policy is None else f", policy 0x{summary.policy:x}"
     verb = "loaded" if platform is Platform.NATIVE else "measured"
     entries = [f"vCPU {context.vp_index}: {context.entry}" for context in summary.contexts]

@@ -12,7 +12,7 @@ from igvmfw.igvm.ovmf import TDX_METADATA_GUID, OvmfTables, SectionKind
 from igvmfw.igvm.payload import Payload
 from igvmfw.igvm.rules import AnyHeader
 from igvmfw.igvm.spec import PageDataFlags, PageDataType, PlatformType, type_name
-from igvmfw.igvm.summary import RESET_ENTRY, context_registers, data_size, summarize
+from igvmfw.igvm.summary import RESET_ENTRY, Summary, context_registers, data_size, summarize
 from igvmfw.platforms import Platform
 
 _Masks = tuple[tuple[Platform, int], ...]  # a file's platforms with their compatibility masks
@@ -36,7 +36,7 @@ def header_dict(image: IgvmFile, header: AnyHeader) -> dict[str, Any]:
     if isinstance(header, RawHeader):
         return {"type": type_name(header.type), "body": header.body.hex()}
     fields: dict[str, Any] = {"type": type_name(header.type)}
-    for name, value in zip(header.names(), header.values(), strict=True):
+    for name, value in header.to_dict().items():
         fields[name] = _value(name, value)
     try:
         size = data_size(image, header)
@@ -62,7 +62,6 @@ def inspection(
     image: IgvmFile, name: str, payload: Payload, *, pages: bool = False
 ) -> dict[str, Any]:
     """The document of `inspect --json` for one file (schemas/inspect.json)."""
-    counts = Counter(type_name(header.type) for header in image.directives)
     document: dict[str, Any] = {
         "file": name,
         "size": len(image.content),
@@ -71,14 +70,20 @@ def inspection(
         "page_size": image.page_size,
         "platforms": [header_dict(image, header) for header in image.platforms],
         "initialization": [header_dict(image, header) for header in image.initializations],
-        "directives": dict(counts),
-        "summaries": [_summary_dict(image, platform, payload) for platform in image.supported],
+        "directives": dict(_directive_counts(image)),
+        "summaries": [_summary_dict(image, summary, payload) for summary in summarize(image)],
         "payload": {**payload_dict(payload), "ovmf": _ovmf_dict(payload.tables)},
         "problems": [problem._asdict() for problem in image.problems],
     }
     if pages:
         document["pages"] = [header_dict(image, header) for header in image.directives]
     return document
+
+
+def _directive_counts(image: IgvmFile) -> Counter[str]:
+    """How many directives there are of each type, by name."""
+    counts = Counter(header.type for header in image.directives)
+    return Counter({type_name(kind): count for kind, count in counts.items()})
 
 
 def payload_dict(payload: Payload) -> dict[str, Any]:
@@ -107,8 +112,7 @@ def _ovmf_dict(tables: OvmfTables | None) -> dict[str, Any] | None:
     }
 
 
-def _summary_dict(image: IgvmFile, platform: Platform, payload: Payload) -> dict[str, Any]:
-    summary = summarize(image, platform)
+def _summary_dict(image: IgvmFile, summary: Summary, payload: Payload) -> dict[str, Any]:
     return {
         "platform": summary.platform.value,
         "compatibility_mask": summary.mask,
@@ -125,7 +129,7 @@ def _summary_dict(image: IgvmFile, platform: Platform, payload: Payload) -> dict
         "id_block": summary.id_block,
         "regions": [
             {"gpa": region.start, "size": region.size, "kind": region.kind, "name": region.name}
-            for region in named_regions(image, platform, payload)
+            for region in named_regions(image, summary.platform, payload)
         ],
     }
 
@@ -153,10 +157,10 @@ def inspection_text(image: IgvmFile, name: str, payload: Payload) -> str:
         f"{size_text(len(image.content))}",
         f"  payload        {payload_text(payload)}",
     ]
-    for platform in image.supported:
-        lines += _summary_lines(image, platform)
-    counts = Counter(type_name(header.type) for header in image.directives)
-    listed = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
+    for summary in summarize(image):
+        lines += _summary_lines(summary)
+    counts = _directive_counts(image).most_common()
+    listed = ", ".join(f"{count} {kind}" for kind, count in counts)
     lines.append(f"  directives     {listed or 'none'}")
     for problem in image.problems:
         where = "" if problem.header_index is None else f"header {problem.header_index}, "
@@ -167,8 +171,8 @@ def inspection_text(image: IgvmFile, name: str, payload: Payload) -> str:
     return "\n".join(lines)
 
 
-def _summary_lines(image: IgvmFile, platform: Platform) -> Iterator[str]:
-    summary = summarize(image, platform)
+def _summary_lines(summary: Summary) -> Iterator[str]:
+    platform = summary.platform
     policy = "" if summary.policy is None else f", policy 0x{summary.policy:x}"
     block = ", signed ID block" if summary.id_block else ""
     yield f"  platform       {platform} (mask 0x{summary.mask:x}{policy}{block})"
@@ -239,7 +243,7 @@ def _directive_line(masks: _Masks, header: AnyHeader) -> str:
         return f"    {type_name(header.type)}  {len(header.body)} bytes"
     fields = [
         f"{name} 0x{value:x}"
-        for name, value in zip(header.names(), header.values(), strict=True)
+        for name, value in header.to_dict().items()
         if isinstance(value, int) and name not in ("compatibility_mask", "reserved", "file_offset")
     ]
     mask = getattr(header, "compatibility_mask", None)

@@ -1,7 +1,5 @@
 """Building IGVM files: headers and their data, put together by the format's rules."""
 
-from dataclasses import replace
-
 from igvmfw.errors import IgvmError
 from igvmfw.igvm.headers import (
     CorimDocument,
@@ -92,4 +90,4 @@ class ImageBuilder:
 
 def _placed(header: AnyHeader, offset: int) -> AnyHeader:
     assert isinstance(header, PageData | ParameterArea | VpContext | CorimDocument | CorimSignature)
-    return replace(header, file_offset=offset)
+    return header.replace(file_offset=offset)

@@ -1,4 +1,4 @@
-"""One frozen dataclass per variable header: parse, check, write; and the table type → class.
+"""One record per variable header: parse, check, write; and the table type → class.
 
 Fields stand in the order of the layout and are named as in igvm_defs 0.5.0 (src/lib.rs,
 IGVM_VHS_*); reserved fields are kept, so that writing gives back what was read.  Positional on
@@ -6,10 +6,10 @@ purpose: a file holds thousands of them, each built straight from its unpacked l
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Self
 
 from igvmfw.igvm.reader import Buffer, Layout
+from igvmfw.igvm.records import Record
 from igvmfw.igvm.spec import (
     LARGE_PAGE_SIZE,
     PAGE_SIZE,
@@ -39,17 +39,17 @@ class Extent(NamedTuple):
     size: int
 
 
-class Header:
+class Header(Record):
     """Base of all variable headers."""
 
     __slots__ = ()
     TYPE: ClassVar[HeaderType]
     LAYOUT: ClassVar[Layout]
+    type: ClassVar[int]  # as it stands in the file
 
-    @property
-    def type(self) -> int:
-        """The header type as it stands in the file."""
-        return self.TYPE
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.type = getattr(cls, "TYPE", 0)  # 0: of a base of several headers
 
     @classmethod
     def parse(cls, body: Buffer) -> Self:
@@ -58,7 +58,7 @@ class Header:
         Raises:
             IgvmError: The content is shorter than the structure.
         """
-        return cls(*cls.LAYOUT.read(body, 0, cls.TYPE.name))
+        return cls.make(cls.LAYOUT.read(body, 0, cls.TYPE.name))
 
     def write(self) -> bytes:
         """The header's content as it stands in a file.
@@ -66,17 +66,7 @@ class Header:
         Raises:
             IgvmError: A field's value does not fit.
         """
-        return self.LAYOUT.write(*self.values())
-
-    def values(self) -> tuple[int | bytes, ...]:
-        """The fields in the order of the layout."""
-        return tuple(getattr(self, name) for name in self.names())
-
-    @classmethod
-    def names(cls) -> tuple[str, ...]:
-        """The fields' names in the order of the layout."""
-        fields: dict[str, object] = cls.__dataclass_fields__  # type: ignore[attr-defined]
-        return tuple(fields)
+        return self.LAYOUT.write(*self)
 
     def breaches(self) -> Iterator[Breach]:
         """The rules this header breaks on its own, without regard to the rest of the file."""
@@ -97,10 +87,10 @@ def _zero(name: str, value: int) -> Iterator[Breach]:
         yield Breach("reserved", f"{name} is 0x{value:x}, must be zero")
 
 
-@dataclass(frozen=True, slots=True)
-class RawHeader:
+class RawHeader(Record):
     """A header igvmfw does not know, or marked optional: kept as it stands in the file."""
 
+    __slots__ = ()
     type: int
     body: bytes
 
@@ -109,10 +99,10 @@ class RawHeader:
         return self.body
 
 
-@dataclass(frozen=True, slots=True)
 class SupportedPlatform(Header):
     """IGVM_VHS_SUPPORTED_PLATFORM: a platform, and the mask other headers name it by."""
 
+    __slots__ = ()
     TYPE = HeaderType.SUPPORTED_PLATFORM
     LAYOUT = Layout("IBBHQ")
     compatibility_mask: int
@@ -138,10 +128,10 @@ class SupportedPlatform(Header):
             yield from _zero("shared GPA boundary", self.shared_gpa_boundary)
 
 
-@dataclass(frozen=True, slots=True)
 class GuestPolicy(Header):
     """IGVM_VHS_GUEST_POLICY: the isolation policy, in the platform's own encoding."""
 
+    __slots__ = ()
     TYPE = HeaderType.GUEST_POLICY
     LAYOUT = Layout("QII")
     policy: int
@@ -152,10 +142,10 @@ class GuestPolicy(Header):
         yield from _zero("reserved", self.reserved)
 
 
-@dataclass(frozen=True, slots=True)
 class RelocatableRegion(Header):
     """IGVM_VHS_RELOCATABLE_REGION: memory that a loader may move as a whole."""
 
+    __slots__ = ()
     TYPE = HeaderType.RELOCATABLE_REGION
     LAYOUT = Layout("IHBBQQQQQ")
     compatibility_mask: int
@@ -197,10 +187,10 @@ def _region(name: str, gpa: int, size: int) -> Iterator[Breach]:
         yield Breach("relocation", f"{name} 0x{gpa:x} + 0x{size:x} ends outside the address space")
 
 
-@dataclass(frozen=True, slots=True)
 class PageTableRelocation(Header):
     """IGVM_VHS_PAGE_TABLE_RELOCATION: the page tables to fix up when regions move."""
 
+    __slots__ = ()
     TYPE = HeaderType.PAGE_TABLE_RELOCATION_REGION
     LAYOUT = Layout("IHBBQQQ")
     compatibility_mask: int
@@ -240,10 +230,10 @@ class _CorimData(Header):
         return Extent(self.file_offset, self.size_bytes) if self.file_offset else None
 
 
-@dataclass(frozen=True, slots=True)
 class CorimDocument(_CorimData):
     """IGVM_VHS_CORIM_DATA of a CORIM_DOCUMENT: reference values, as CBOR in the file data."""
 
+    __slots__ = ()
     TYPE = HeaderType.CORIM_DOCUMENT
     compatibility_mask: int
     file_offset: int
@@ -251,10 +241,10 @@ class CorimDocument(_CorimData):
     reserved: int = 0
 
 
-@dataclass(frozen=True, slots=True)
 class CorimSignature(_CorimData):
     """IGVM_VHS_CORIM_DATA of a CORIM_SIGNATURE: a COSE_Sign1 over the document."""
 
+    __slots__ = ()
     TYPE = HeaderType.CORIM_SIGNATURE
     compatibility_mask: int
     file_offset: int
@@ -262,10 +252,10 @@ class CorimSignature(_CorimData):
     reserved: int = 0
 
 
-@dataclass(frozen=True, slots=True)
 class CcaPolicy(Header):
     """IGVM_VHS_CCA_POLICY: the policy of an Arm CCA realm."""
 
+    __slots__ = ()
     TYPE = HeaderType.CCA_POLICY
     LAYOUT = Layout("IIQQBB6s")
     compatibility_mask: int
@@ -284,10 +274,10 @@ class CcaPolicy(Header):
             yield Breach("policy", f"attribute bits 0x{both:x} are required both zero and one")
 
 
-@dataclass(frozen=True, slots=True)
 class VersionString(Header):
     """VERSION_STRING: the owner's label of the file; the content is the UTF-8 text itself."""
 
+    __slots__ = ()
     TYPE = HeaderType.VERSION_STRING
     text: bytes
 
@@ -305,10 +295,10 @@ class VersionString(Header):
             yield Breach("version-string", f"not UTF-8: {error.reason} at byte {error.start}")
 
 
-@dataclass(frozen=True, slots=True)
 class ParameterArea(Header):
     """IGVM_VHS_PARAMETER_AREA: a buffer that parameters are written to before its insertion."""
 
+    __slots__ = ()
     TYPE = HeaderType.PARAMETER_AREA
     LAYOUT = Layout("QII")
     number_of_bytes: int
@@ -328,10 +318,10 @@ _UNMEASURED = int(PageDataFlags.UNMEASURED)
 _SHARED = int(PageDataFlags.SHARED)
 
 
-@dataclass(frozen=True, slots=True)
 class PageData(Header):
     """IGVM_VHS_PAGE_DATA: one page of guest memory."""
 
+    __slots__ = ()
     TYPE = HeaderType.PAGE_DATA
     LAYOUT = Layout("QIIIHH")
     gpa: int
@@ -391,10 +381,10 @@ class PageData(Header):
         return Extent(self.file_offset, PAGE_SIZE) if self.file_offset else None
 
 
-@dataclass(frozen=True, slots=True)
 class ParameterInsert(Header):
     """IGVM_VHS_PARAMETER_INSERT: puts a parameter area into guest memory."""
 
+    __slots__ = ()
     TYPE = HeaderType.PARAMETER_INSERT
     LAYOUT = Layout("QII")
     gpa: int
@@ -405,7 +395,6 @@ class ParameterInsert(Header):
         yield from _aligned("GPA", self.gpa)
 
 
-@dataclass(frozen=True, slots=True)
 class VpContext(Header):
     """IGVM_VHS_VP_CONTEXT: the initial state of a virtual processor, in the file data.
 
@@ -413,6 +402,7 @@ class VpContext(Header):
     (VSM) or IgvmVpContextAArch64Cca (CCA), each in a page of 4 KiB but for the list.
     """
 
+    __slots__ = ()
     TYPE = HeaderType.VP_CONTEXT
     LAYOUT = Layout("QIIHH")
     gpa: int
@@ -425,10 +415,10 @@ class VpContext(Header):
         yield from _aligned("GPA", self.gpa)
 
 
-@dataclass(frozen=True, slots=True)
 class RequiredMemory(Header):
     """IGVM_VHS_REQUIRED_MEMORY: guest memory that must be present."""
 
+    __slots__ = ()
     TYPE = HeaderType.REQUIRED_MEMORY
     LAYOUT = Layout("QIIII")
     gpa: int
@@ -448,10 +438,10 @@ class RequiredMemory(Header):
         yield from _zero("reserved", self.reserved)
 
 
-@dataclass(frozen=True, slots=True)
 class Parameter(Header):
     """IGVM_VHS_PARAMETER: where in a parameter area the loader deposits a value or table."""
 
+    __slots__ = ()
     LAYOUT = Layout("II")
     parameter_area_index: int
     byte_offset: int
@@ -527,7 +517,6 @@ class EnvironmentInfo(Parameter):
     TYPE = HeaderType.ENVIRONMENT_INFO_PARAMETER
 
 
-@dataclass(frozen=True, slots=True)
 class SnpIdBlock(Header):
     """IGVM_VHS_SNP_ID_BLOCK: the owner's signed statement of the launch (SEV-SNP ABI, 8.18).
 
@@ -535,6 +524,7 @@ class SnpIdBlock(Header):
     qx and qy.
     """
 
+    __slots__ = ()
     TYPE = HeaderType.SNP_ID_BLOCK
     LAYOUT = Layout("IB3s48s16s16sIIII144s152s144s152s")
     compatibility_mask: int
@@ -553,10 +543,10 @@ class SnpIdBlock(Header):
     author_public_key: bytes
 
 
-@dataclass(frozen=True, slots=True)
 class ErrorRange(Header):
     """IGVM_VHS_ERROR_RANGE: shared memory in which the guest reports errors."""
 
+    __slots__ = ()
     TYPE = HeaderType.ERROR_RANGE
     LAYOUT = Layout("QII")
     gpa: int
@@ -568,10 +558,10 @@ class ErrorRange(Header):
         yield from _aligned("size", self.size_bytes)
 
 
-@dataclass(frozen=True, slots=True)
 class VbsMeasurement(Header):
     """IGVM_VHS_VBS_MEASUREMENT: Hyper-V's signed boot measurement."""
 
+    __slots__ = ()
     TYPE = HeaderType.VBS_MEASUREMENT
     LAYOUT = Layout("IIIIIIII64s256s512s")
     compatibility_mask: int

@@ -7,6 +7,7 @@ IGVM_VHS_VARIABLE_HEADER).
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Self
 
 from igvmfw.errors import IgvmError
@@ -14,6 +15,7 @@ from igvmfw.igvm.headers import (
     HEADERS,
     Extent,
     Header,
+    PageData,
     RawHeader,
     SupportedPlatform,
     VpContext,
@@ -22,14 +24,15 @@ from igvmfw.igvm.reader import Buffer, Layout
 from igvmfw.igvm.rules import AnyHeader, Problem, Rules
 from igvmfw.igvm.spec import (
     MAGIC,
+    OPTIONAL_BIT,
     PAGE_SIZE,
     PLATFORM_TYPES,
     PLATFORM_WORDS,
+    RANGES,
     Architecture,
     HeaderType,
     PlatformType,
     Section,
-    section_of,
     type_name,
 )
 from igvmfw.platforms import Platform
@@ -37,6 +40,9 @@ from igvmfw.platforms import Platform
 FIXED_V1 = Layout("IIIIII")
 FIXED_V2 = Layout("IIIIIIII")
 VARIABLE = Layout("II")
+_PAGE = Layout("8x" + PageData.LAYOUT.codes)  # a page, behind its type and length
+_PAGE_START = Layout(f"II{PageData.LAYOUT.size}x")  # these two alone
+_IS_PAGE = (int(PageData.TYPE), PageData.LAYOUT.size).__eq__
 CHECKSUM_OFFSET = 20  # of the checksum within the fixed header, in bytes
 MAX_FILE = (1 << 32) - 1  # bytes: total_file_size is a u32
 
@@ -67,8 +73,8 @@ class IgvmFile:
     """A file as read: every header in file order, the data still where it was.
 
     `content` is the whole file, a view that is only valid as long as its source is.  `problems` is
-    empty unless the file was read leniently.  `platforms` are the supported platforms, in file
-    order.
+    empty unless the file was read leniently.  `platforms` are the supported platforms, `pages` the
+    PAGE_DATA headers and `others` all but these, each in file order.
     """
 
     fixed: FixedHeader
@@ -77,13 +83,19 @@ class IgvmFile:
     content: memoryview
     problems: tuple[Problem, ...] = ()
     platforms: tuple[SupportedPlatform, ...] = field(init=False, repr=False, compare=False)
+    pages: tuple[PageData, ...] = field(init=False, repr=False, compare=False)
+    others: tuple[AnyHeader, ...] = field(init=False, repr=False, compare=False)
     _types: dict[int, int] = field(init=False, repr=False, compare=False)  # by mask
 
     def __post_init__(self) -> None:
-        found = tuple(header for header in self.headers if isinstance(header, SupportedPlatform))
-        object.__setattr__(self, "platforms", found)
+        pages = tuple([header for header in self.headers if type(header) is PageData])
+        others = tuple([header for header in self.headers if type(header) is not PageData])
+        found = tuple(header for header in others if isinstance(header, SupportedPlatform))
         types = {header.compatibility_mask: header.platform_type for header in found}
-        object.__setattr__(self, "_types", types)
+        for name, value in (
+            ("pages", pages), ("others", others), ("platforms", found), ("_types", types),
+        ):  # fmt: skip
+            object.__setattr__(self, name, value)
 
     @classmethod
     def parse(cls, data: Buffer, *, lenient: bool = False) -> Self:
@@ -158,7 +170,8 @@ class IgvmFile:
 
     def section(self, section: Section) -> Iterator[AnyHeader]:
         """The headers of a section, in file order."""
-        return (header for header in self.headers if section_of(header.type) is section)
+        wanted = RANGES[section]
+        return (header for header in self.headers if header.type & ~OPTIONAL_BIT in wanted)
 
     @property
     def initializations(self) -> tuple[AnyHeader, ...]:
@@ -320,7 +333,7 @@ def _read_headers(
     """Read all variable headers into the lists; what stops the reading is returned.
 
     The loop runs thousands of times per file: it looks up what it needs before, and unpacks in
-    place.
+    place; pages that follow each other, nearly all of a file, are unpacked in bulk.
     """
     known = {int(kind): (cls, getattr(cls, "LAYOUT", None)) for kind, cls in HEADERS.items()}
     variable = VARIABLE.unpack_from
@@ -331,6 +344,12 @@ def _read_headers(
                 "truncated", f"{end - position} bytes left where a header needs 8", len(headers),
                 position,
             )  # fmt: skip
+        if pages := _read_pages(content, position, end):
+            headers += pages
+            after = position + _PAGE.size * len(pages)
+            offsets += range(position, after, _PAGE.size)
+            position = after
+            continue
         kind, length = variable(content, position)
         body = position + 8
         after = body + ((length + 7) & ~7)
@@ -344,7 +363,7 @@ def _read_headers(
             )
         cls, layout = known.get(kind, (None, None))
         if cls is not None and layout is not None and layout.size == length:
-            headers.append(cls(*layout.unpack_from(content, body)))
+            headers.append(cls.make(layout.unpack_from(content, body)))
         elif kind == HeaderType.VERSION_STRING and cls is not None:
             headers.append(cls.parse(content[body : body + length]))
         else:
@@ -352,6 +371,14 @@ def _read_headers(
         offsets.append(position)
         position = after
     return None
+
+
+def _read_pages(content: memoryview, start: int, end: int) -> list[PageData]:
+    """The PAGE_DATA headers that follow each other from a place on; none where another is."""
+    starts = _PAGE_START.iter_unpack(content, start, end)
+    count = sum(1 for _ in takewhile(_IS_PAGE, starts))
+    values = _PAGE.iter_unpack(content, start, start + count * _PAGE.size)
+    return list(map(PageData.make, values))
 
 
 def serialize(headers: tuple[AnyHeader, ...]) -> bytes:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from igvmfw.errors import FirmwareError
-from igvmfw.igvm.headers import PageData
+from igvmfw.igvm.headers import Extent, PageData
 from igvmfw.igvm.image import IgvmFile
 from igvmfw.igvm.ovmf import OvmfTables, find_tables
 from igvmfw.igvm.spec import PAGE_SIZE
@@ -70,15 +70,24 @@ def identify(image: IgvmFile, platform: Platform | None = None) -> Payload:
             return Payload()
         platform = image.supported[0]
     pages = _memory(image, platform)
-    tables = _tables(_below_4g(image, pages))
+    below_4g = _below_4g(image, pages)
+    tables = _tables(below_4g)
     firmware = "OVMF" if tables is not None else None
+    # put together already, and not again: but for what crosses its ends
+    first, last = FOUR_GIB - len(below_4g) + PAGE_SIZE, FOUR_GIB - PAGE_SIZE
+    rest = {gpa: page for gpa, page in pages.items() if not first <= gpa < last}
+
+    def windows() -> Iterator[bytes]:
+        yield below_4g
+        yield from _windows(image, rest)
+
     # text alone proves nothing: the other marks count only beside the SVSM's own, and without it
     # nobody has to look for them
-    if not any(_SVSM in window for window in _windows(image, pages)):
+    if not any(_SVSM in window for window in windows()):
         return Payload(platform=platform, firmware=firmware, tables=tables)
     version = b""
     services: set[str] = set()
-    for window in _windows(image, pages):
+    for window in windows():
         if not version and (match := _VERSION.search(window)):
             version = match.group()
         for name, marks in _SERVICES.items():
@@ -97,8 +106,25 @@ def identify(image: IgvmFile, platform: Platform | None = None) -> Payload:
 def _memory(image: IgvmFile, platform: Platform) -> dict[int, PageData]:
     """The pages of a platform by guest address; a later one replaces an earlier one."""
     mask = image.mask_of(platform)
-    pages = (h for h in image.headers if type(h) is PageData and h.compatibility_mask & mask)
-    return {page.gpa: page for page in pages}
+    return {page.gpa: page for page in image.pages if page.compatibility_mask & mask}
+
+
+def _extents(pages: dict[int, PageData]) -> Iterator[tuple[int, int, int]]:
+    """Pages that follow each other in memory and in the file as one; pages of zeroes alone.
+
+    Yields address, place in the file and size, each in bytes, by rising address.
+    """
+    start = offset = size = 0
+    for gpa in sorted(pages):
+        place = pages[gpa].file_offset
+        if size and gpa == start + size and place == offset + size and offset and size < STRIDE:
+            size += PAGE_SIZE
+            continue
+        if size:
+            yield start, offset, size
+        start, offset, size = gpa, place, PAGE_SIZE
+    if size:
+        yield start, offset, size
 
 
 def _windows(image: IgvmFile, pages: dict[int, PageData]) -> Iterator[bytes]:
@@ -108,21 +134,14 @@ def _windows(image: IgvmFile, pages: dict[int, PageData]) -> Iterator[bytes]:
     once: a small file can name one page a million times.
     """
     seen: set[tuple[int, int, int]] = set()
-    before = start = end = 0  # places in the file: of the preceding page, and of this window
-    expected = -1  # the address that would continue the window
-    for gpa in [*sorted(pages), FOUR_GIB << 32]:
-        page = pages.get(gpa)
-        offset = page.file_offset if page is not None else 0
-        if gpa == expected and offset == end and end - start < STRIDE:
-            end += PAGE_SIZE
-        else:
-            if start and (before, start, end) not in seen:
-                seen.add((before, start, end))
-                tail = image.content[before + PAGE_SIZE - OVERLAP : before + PAGE_SIZE]
-                yield b"".join((tail if before else b"", image.content[start:end]))
-            before = end - PAGE_SIZE if gpa == expected and start else 0
-            start, end = offset, offset + PAGE_SIZE
-        expected = gpa + PAGE_SIZE
+    before = expected = 0  # where the preceding extent ends: in the file, if it has data; in memory
+    for gpa, offset, size in _extents(pages):
+        start = before if gpa == expected else 0
+        before, expected = offset and offset + size, gpa + size
+        if offset and (start, offset, size) not in seen:
+            seen.add((start, offset, size))
+            tail = image.content[start - OVERLAP : start] if start else b""
+            yield b"".join((tail, image.content[offset : offset + size]))
 
 
 def find_svsm_marks(image: IgvmFile, platform: Platform) -> tuple[int, ...]:
@@ -161,12 +180,14 @@ def firmware_image(image: IgvmFile, platform: Platform) -> bytes:
 
 
 def _below_4g(image: IgvmFile, pages: dict[int, PageData]) -> bytes:
-    parts: list[memoryview | bytes] = []
-    gpa = FOUR_GIB - PAGE_SIZE
-    while (page := pages.get(gpa)) is not None and len(parts) * PAGE_SIZE < MAX_FIRMWARE:
-        parts.append(image.data_of(page) if page.file_offset else ZERO_PAGE)
-        gpa -= PAGE_SIZE
-    return b"".join(reversed(parts))
+    start = FOUR_GIB - PAGE_SIZE
+    while start in pages and FOUR_GIB - start <= MAX_FIRMWARE:
+        start -= PAGE_SIZE
+    firmware = {gpa: pages[gpa] for gpa in range(start + PAGE_SIZE, FOUR_GIB, PAGE_SIZE)}
+    return b"".join(
+        image.data_at(Extent(offset, size)) if offset else ZERO_PAGE
+        for _, offset, size in _extents(firmware)
+    )
 
 
 def _tables(firmware: bytes) -> OvmfTables | None:

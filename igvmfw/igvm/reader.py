@@ -1,5 +1,6 @@
 """Bounds-checked reading of little-endian structures: the only caller of `struct`."""
 
+from collections.abc import Iterator
 from struct import Struct, error
 from typing import Any
 
@@ -14,9 +15,10 @@ class Layout:
     Reading outside the data raises IgvmError that names the offset, never struct.error.
     """
 
-    __slots__ = ("_struct", "size", "unpack_from")
+    __slots__ = ("_struct", "codes", "size", "unpack_from")
 
     def __init__(self, codes: str) -> None:
+        self.codes = codes
         self._struct = Struct("<" + codes)
         self.size = self._struct.size
         # for loops over thousands of headers whose bounds the caller has checked
@@ -37,6 +39,11 @@ class Layout:
                 f"{what} needs {self.size} bytes, {max(0, len(data) - offset)} are left",
                 where=f"offset 0x{offset:x}",
             ) from None
+
+    def iter_unpack(self, data: memoryview, start: int, end: int) -> Iterator[tuple[Any, ...]]:
+        """Unpack the structure over and over, from `start` on, as often as it fits before `end`."""
+        count = max(0, min(end, len(data)) - start) // self.size
+        return self._struct.iter_unpack(data[start : start + count * self.size])
 
     def write(self, *values: int | bytes) -> bytes:
         """Pack values.

@@ -41,6 +41,8 @@ from igvmfw.igvm.spec import (
 from igvmfw.igvm.vpcontext import parse_cca, parse_native, parse_vbs
 
 AnyHeader = Header | RawHeader
+_IN_PAGE = PAGE_SIZE - 1
+_LAST_DATA_TYPE = int(PageDataType.CPUID_XF)
 
 
 class Problem(NamedTuple):
@@ -117,21 +119,18 @@ class Rules:
 
     def check(self, headers: Sequence[AnyHeader], offsets: Sequence[int]) -> Iterator[Problem]:
         """All problems of the variable headers, in file order."""
-        data_start, data_end = self._data_start, len(self._content)
+        data_start, last_page = self._data_start, len(self._content) - PAGE_SIZE
         section = self._section
         for index, (header, offset) in enumerate(zip(headers, offsets, strict=True)):
             # thousands of pages per file: the usual one is found right in one expression
-            if (
-                type(header) is PageData
-                and section is Section.DIRECTIVE
-                and not (header.gpa % PAGE_SIZE or header.flags & 1 or header.reserved)
-                and header.data_type <= PageDataType.CPUID_XF
-                and (
-                    header.file_offset == 0
-                    or data_start <= header.file_offset <= data_end - PAGE_SIZE
-                )
-            ):
-                continue
+            if type(header) is PageData and section is Section.DIRECTIVE:
+                gpa, _, place, flags, data_type, reserved = header
+                if (
+                    not (gpa & _IN_PAGE or flags & 1 or reserved)
+                    and data_type <= _LAST_DATA_TYPE
+                    and (not place or data_start <= place <= last_page)
+                ):
+                    continue
             for rule, message in self._header(header, offset):
                 yield Problem(rule, message, index, offset)
             section = self._section

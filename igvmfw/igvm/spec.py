@@ -13,10 +13,6 @@ PAGE_SIZE = 4096  # bytes; the only page size the reference crate reads
 LARGE_PAGE_SIZE = 2 << 20  # bytes
 OPTIONAL_BIT = 1 << 31  # in a header's type: a loader that does not know it may go on
 
-RANGE_PLATFORM = range(0x1, 0x101)
-RANGE_INITIALIZATION = range(0x101, 0x201)
-RANGE_DIRECTIVE = range(0x301, 0x401)
-
 
 class Section(IntEnum):
     """The three sections of variable headers, in the order they must have in a file."""
@@ -31,16 +27,18 @@ class Section(IntEnum):
         return self.name.lower()
 
 
+# the header types of each
+RANGES = {
+    Section.PLATFORM: range(0x1, 0x101),
+    Section.INITIALIZATION: range(0x101, 0x201),
+    Section.DIRECTIVE: range(0x301, 0x401),
+}
+
+
 def section_of(header_type: int) -> Section | None:
     """The section a header type belongs to (the optional bit ignored), if any."""
     number = header_type & ~OPTIONAL_BIT
-    if number in RANGE_PLATFORM:
-        return Section.PLATFORM
-    if number in RANGE_INITIALIZATION:
-        return Section.INITIALIZATION
-    if number in RANGE_DIRECTIVE:
-        return Section.DIRECTIVE
-    return None
+    return next((section for section, types in RANGES.items() if number in types), None)
 
 
 class Architecture(IntEnum):

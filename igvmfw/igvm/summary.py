@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from igvmfw.errors import IgvmError
 from igvmfw.igvm.headers import (
@@ -15,7 +16,7 @@ from igvmfw.igvm.headers import (
     SnpIdBlock,
     VpContext,
 )
-from igvmfw.igvm.image import IgvmFile
+from igvmfw.igvm.image import IgvmFile, mask_in
 from igvmfw.igvm.rules import AnyHeader
 from igvmfw.igvm.spec import PAGE_SIZE, PageDataType, PlatformType, type_name
 from igvmfw.igvm.vpcontext import Vmsa, parse_cca, parse_native, parse_vbs
@@ -51,24 +52,24 @@ class Summary:
     id_block: bool
 
 
-def summarize(image: IgvmFile, platform: Platform) -> Summary:
-    """Sum up what an image does on a platform.
+def summarize(image: IgvmFile) -> tuple[Summary, ...]:
+    """Sum up what an image does on each of its platforms, in file order."""
+    kinds = _count_pages(image)
+    return tuple(_summary(image, platform, kinds) for platform in image.supported)
 
-    Raises:
-        IgvmError: The image does not have the platform.
-    """
+
+def _summary(image: IgvmFile, platform: Platform, kinds: "_PageCounts") -> Summary:
     mask = image.mask_of(platform)
-    sizes: Counter[str] = Counter()
-    special: Counter[str] = Counter()
+    sizes, special = _page_sizes(kinds, mask)
     policy: int | None = None
     contexts: dict[int, VpEntry] = {}
     parameters: list[str] = []
     areas: dict[int, int] = {}
     id_block = False
-    for header in image.for_platform(platform):
+    for header in image.others:
+        if not mask & mask_in(header):
+            continue
         match header:
-            case PageData():
-                _count_page(header, sizes, special)
             case ParameterArea():
                 areas[header.parameter_area_index] = header.number_of_bytes
             case ParameterInsert():
@@ -101,15 +102,42 @@ def summarize(image: IgvmFile, platform: Platform) -> Summary:
     )
 
 
-def _count_page(page: PageData, sizes: Counter[str], special: Counter[str]) -> None:
-    if page.data_type != PageDataType.NORMAL:
-        special[f"{page.type_name.lower()} page"] += 1
-    elif page.unmeasured or page.shared:
-        sizes["unmeasured"] += page.guest_size
-    else:
-        sizes["measured"] += page.guest_size
-        if page.file_offset == 0:
-            sizes["zero"] += page.guest_size
+_ATTRIBUTES = PageData.getter("compatibility_mask", "flags", "data_type")
+
+
+class _PageCounts(NamedTuple):
+    """How many pages there are, and how many of them without data, by mask, flags and data type.
+
+    Thousands of pages have a handful of these in common, which are judged instead of the pages.
+    """
+
+    all: Counter[tuple[int, int, int]]
+    zero: Counter[tuple[int, int, int]]
+
+
+def _count_pages(image: IgvmFile) -> _PageCounts:
+    zero = (page for page in image.pages if not page.file_offset)
+    return _PageCounts(Counter(map(_ATTRIBUTES, image.pages)), Counter(map(_ATTRIBUTES, zero)))
+
+
+def _page_sizes(counts: _PageCounts, mask: int) -> tuple[Counter[str], Counter[str]]:
+    """Bytes of a platform's pages by what becomes of them, and how many there are of special types."""
+    sizes: Counter[str] = Counter()
+    special: Counter[str] = Counter()
+    for attributes, count in counts.all.items():
+        own, flags, data_type = attributes
+        if not own & mask:
+            continue
+        page = PageData(0, own, 0, flags, data_type)
+        size = count * page.guest_size
+        if data_type != PageDataType.NORMAL:
+            special[f"{page.type_name.lower()} page"] += count
+        elif page.unmeasured or page.shared:
+            sizes["unmeasured"] += size
+        else:
+            sizes["measured"] += size
+            sizes["zero"] += counts.zero[attributes] * page.guest_size
+    return sizes, special
 
 
 def context_registers(image: IgvmFile, header: VpContext) -> dict[str, object]:

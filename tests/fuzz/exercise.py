@@ -60,9 +60,9 @@ def inspect(image: IgvmFile) -> None:
         try:
             payload = identify(image, platform)
             find_facts(firmware_image(image, platform))
-            summarize(image, platform)
         except IgvmError:
             continue  # it does not have the platform, or is damaged
+    summarize(image)
     inspection(image, "file", payload, pages=True)
     inspection_text(image, "file", payload)
     for _ in page_runs(image):

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
@@ -61,7 +60,7 @@ def insertion(gpa: int, size: int = 4096, index: int = 0) -> Fill:
 
 def id_block(ld: bytes, mask: int = 1) -> SnpIdBlock:
     empty = SnpIdBlock.parse(bytes(SnpIdBlock.LAYOUT.size))
-    return replace(empty, compatibility_mask=mask, ld=ld, version=1, id_key_algorithm=1)
+    return empty.replace(compatibility_mask=mask, ld=ld, version=1, id_key_algorithm=1)
 
 
 def spec(image: IgvmFile, platform: Platform) -> bytes:

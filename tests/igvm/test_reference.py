@@ -88,7 +88,7 @@ def parts(image: IgvmFile, header: Header) -> Iterator[str]:
             yield from map(str, (header.gpa, header.compatibility_mask, header.number_of_bytes))
             yield str(int(header.vtl2_protectable))
         case RelocatableRegion():
-            values = list(header.values())
+            values = list(header)
             values[3] = header.flags & 7  # the crate keeps the flags it knows
             yield from map(str, values)
         case SnpIdBlock():
@@ -97,7 +97,7 @@ def parts(image: IgvmFile, header: Header) -> Iterator[str]:
             yield from (str(header.compatibility_mask), str(header.version))
             yield crc(header.boot_measurement_digest)
         case _:
-            named = zip(header.names(), header.values(), strict=True)
+            named = header.to_dict().items()
             yield from (str(value) for name, value in named if not name.startswith("reserved"))
 
 

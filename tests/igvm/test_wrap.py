@@ -3,7 +3,6 @@
 import contextlib
 import subprocess
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -96,7 +95,7 @@ def others(image: IgvmFile, platform: Platform) -> list[str]:
         if not isinstance(header, PageData | VpContext)
     ]
     return sorted(
-        str(replace(h, compatibility_mask=0) if hasattr(h, "compatibility_mask") else h)  # type: ignore[type-var]
+        str(h.replace(compatibility_mask=0) if hasattr(h, "compatibility_mask") else h)
         for h in left
     )
 

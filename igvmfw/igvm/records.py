@@ -1,0 +1,73 @@
+"""Immutable records with named fields, cheap to declare and to make: what headers are."""
+
+from collections import namedtuple
+from collections.abc import Callable, Iterable
+from functools import partial
+from operator import itemgetter
+from typing import Any, ClassVar, Self, dataclass_transform
+
+# A frozen dataclass would do, but each one compiles code of its own as it is declared, which for
+# all headers took half of a start of `inspect`, and sets its fields one by one, which thousands
+# of pages wait for.  A named tuple is as fast, but equals every other tuple of the same values.
+_MOST_FIELDS = 16
+_Place = namedtuple("_Place", [f"field{index}" for index in range(_MOST_FIELDS)])  # type: ignore[misc]
+# what reads the Nth value of any tuple, at C's speed
+_READERS = tuple(vars(_Place)[name] for name in _Place._fields)
+
+
+@dataclass_transform(frozen_default=True)
+class Record(tuple[Any, ...]):
+    """A tuple whose values have the names, and the order, of its class's annotations.
+
+    Declared and made as a frozen dataclass is; equal to a record of its own class only.
+    """
+
+    __slots__ = ()
+    _names: ClassVar[tuple[str, ...]] = ()
+    _defaults: ClassVar[dict[str, Any]] = {}
+
+    make: ClassVar[Callable[[Iterable[Any]], Self]]  # of all values, unchecked: for long loops
+
+    def __init_subclass__(cls) -> None:
+        cls.make = partial(tuple.__new__, cls)
+        kinds = cls.__annotations__.items()
+        own = [name for name, kind in kinds if getattr(kind, "__origin__", None) is not ClassVar]
+        cls._names = tuple(dict.fromkeys((*cls._names, *own)))
+        cls._defaults = cls._defaults | {n: vars(cls)[n] for n in own if n in vars(cls)}
+        for name, reader in zip(cls._names, _READERS, strict=False):
+            setattr(cls, name, reader)
+
+    def __new__(cls, *values: Any, **named: Any) -> Self:
+        """A record of values in order, by name, and by default."""
+        if named or len(values) != len(cls._names):
+            given = dict(zip(cls._names, values, strict=False)) | named
+            full = cls._defaults | given
+            if len(values) + len(named) != len(given) or full.keys() != set(cls._names):
+                raise TypeError(f"{cls.__name__} takes the values {', '.join(cls._names)}")
+            values = tuple(full[name] for name in cls._names)
+        return tuple.__new__(cls, values)
+
+    @classmethod
+    def getter(cls, *names: str) -> "itemgetter[Any]":
+        """What takes some of the values, at least two, out of a record, as a tuple."""
+        return itemgetter(*map(cls._names.index, names))
+
+    def replace(self, **changes: Any) -> Self:
+        """The record with other values for some names."""
+        return type(self)(**self.to_dict() | changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The values by name, in order."""
+        return dict(zip(self._names, self, strict=True))
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and tuple.__eq__(self, other)  # type: ignore[arg-type]
+
+    __hash__ = tuple.__hash__
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return tuple(self)
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}={value!r}" for name, value in self.to_dict().items())
+        return f"{type(self).__name__}({fields})"
