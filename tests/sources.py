@@ -11,14 +11,16 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from tests.testbed.cache import CACHE, printed
+from tests.testbed.cache import CACHE, SUITES, printed
 
 _LIBVIRT_PARTS = (
     "*/tests/qemufirmwaredata",
     "*/tests/qemufirmwaretest.c",
     "*/tests/domaincapsdata",
     "*/tests/qemuxml*data",  # domains: qemuxml2argvdata up to 10.0, qemuxmlconfdata since
+    "*/src/conf/schemas",
 )
+_VERSION = "igvmfw-version"  # put beside what came with the source
 
 
 def qemu_interop() -> Path | None:
@@ -30,23 +32,56 @@ def qemu_interop() -> Path | None:
 @functools.cache
 def libvirt_source() -> Path | None:
     """The parts of libvirt's source tree that tests read, or None where it cannot be fetched."""
+    return _kept(None) or _fetched(None)
+
+
+@functools.cache
+def newer_libvirt_source() -> Path | None:
+    """The same of the newest release that can be fetched, as the roots' suites have them.
+
+    An archive may list a new source before it has it.
+    """
+    newest_first = SUITES[::-1]
+    for source in (_kept, _fetched):
+        for suite in newest_first:
+            found = source(suite)
+            if found is not None:
+                return found
+    return None
+
+
+def version_of(source: Path) -> str:
+    """The release of libvirt that a source tree is of."""
+    return (source / _VERSION).read_text()
+
+
+def _place(suite: str | None) -> Path:
     parts = hashlib.sha256("\0".join(_LIBVIRT_PARTS).encode()).hexdigest()[:12]
-    kept = CACHE / "sources" / f"libvirt-{parts}"
-    if not kept.is_dir():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept.parent) as work:
-            try:
-                tree = _fetch(Path(work))
-                tree.rename(kept)
-            except (OSError, subprocess.SubprocessError, StopIteration):
-                return kept if kept.is_dir() else None  # another run may have been faster
-    return kept
+    return CACHE / "sources" / f"libvirt-{suite + '-' if suite else ''}{parts}"
 
 
-def _fetch(work: Path) -> Path:
+def _kept(suite: str | None) -> Path | None:
+    place = _place(suite)
+    return place if place.is_dir() else None
+
+
+def _fetched(suite: str | None) -> Path | None:
+    place = _place(suite)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.parent) as work:
+        try:
+            tree = _fetch(Path(work), suite)
+            (tree / _VERSION).write_text(tree.name.removeprefix("libvirt-"))
+            tree.rename(place)
+        except (OSError, subprocess.SubprocessError, StopIteration):
+            return _kept(suite)  # another run may have been faster
+    return place
+
+
+def _fetch(work: Path, suite: str | None) -> Path:
     for directory in ("lists/partial", "cache/archives/partial"):
         (work / directory).mkdir(parents=True)
-    (work / "sources.list").write_text(_source_lines())
+    (work / "sources.list").write_text(_source_lines(suite))
     apt = [
         "apt-get",
         "-qq",
@@ -58,7 +93,7 @@ def _fetch(work: Path) -> Path:
         "-oAcquire::Languages=none",
     ]
     subprocess.run([*apt, "update"], check=True, timeout=300, capture_output=True)
-    fetch = [*apt, "source", "--download-only", "--only-source", "libvirt"]
+    fetch = [*apt, "source", "--download-only", "--only-source", "--tar-only", "libvirt"]
     subprocess.run(fetch, check=True, timeout=300, capture_output=True, cwd=work)
     tarball = next(work.glob("libvirt_*.orig.tar.*z"))
     unpack = ["tar", "-xf", str(tarball), "--wildcards", *_LIBVIRT_PARTS]
@@ -66,7 +101,7 @@ def _fetch(work: Path) -> Path:
     return next(work.glob("libvirt-*/"))
 
 
-def _source_lines() -> str:
+def _source_lines(suite: str | None) -> str:
     """deb-src lines for the archives that this machine's apt takes packages from."""
     targets = subprocess.run(
         ["apt-get", "indextargets", "--format", "$(REPO_URI)\t$(RELEASE)\t$(ORIGIN)"],
@@ -78,6 +113,10 @@ def _source_lines() -> str:
     lines = set()
     for target in targets.stdout.splitlines():
         uri, release, origin = target.split("\t")
+        if suite is not None:
+            if "-" in release:
+                continue  # updates, which a suite to come has not
+            release = suite
         keyring = Path(f"/usr/share/keyrings/{origin.lower()}-archive-keyring.gpg")
         if keyring.is_file():
             lines.add(f"deb-src [signed-by={keyring}] {uri} {release} main\n")

@@ -11,15 +11,14 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from igvmfw import files
 from igvmfw.cli import Command
 from igvmfw.cli.output import emit, emit_json, note, warn
-from igvmfw.errors import EmulatorError, HostError, IgvmfwError, RefusedError
+from igvmfw.errors import HostError, IgvmfwError, RefusedError
 from igvmfw.launch import (
     Options,
-    check_emulator,
+    check_start,
     create,
     define,
     fetch,
@@ -158,13 +157,19 @@ def _define(args: argparse.Namespace) -> int:
         if args.print_xml:
             return _print_xml(rewritten)
         _report(rewritten)
-        name = define(connection, rewritten.domain, validate=args.validate)
-        try:
-            check_emulator(connection, rewritten.domain)
-        except EmulatorError as error:
-            warn(f"the domain will not start: {error}")
+        name = _define_checked(connection, rewritten, validate=args.validate)
     _done(args, rewritten.domain, name, "defined")
     return 0
+
+
+def _define_checked(connection: Connection, rewritten: Rewritten, *, validate: bool) -> str:
+    """Define, and say what would stop a start: it may be put right until then."""
+    name = define(connection, rewritten.domain, validate=validate)
+    try:
+        check_start(connection, rewritten.domain)
+    except IgvmfwError as error:
+        warn(f"the domain will not start: {error}")
+    return name
 
 
 def _create_arguments(parser: argparse.ArgumentParser) -> None:
@@ -257,7 +262,7 @@ def _redefine(
         args.on_change = former.on_change  # the request that was edited does not show it
     rewritten = _prepare(Domain.parse(edited), args, connection)
     _report(rewritten)
-    return define(connection, rewritten.domain, validate=not args.skip_validate)
+    return _define_checked(connection, rewritten, validate=not args.skip_validate)
 
 
 def _run_editor(path: str) -> None:
@@ -371,9 +376,9 @@ def _prepare(domain: Domain, args: argparse.Namespace, connection: Connection | 
                 emulator=domain.emulator, machine=domain.os.machine, kind=domain.type
             )
             if connection.is_remote:
-                host = urlsplit(connection.uri).hostname
-                warn(f"the firmware is chosen and checked here, not on {host}")
-            if lock_memory and domain.security is not None and not connection.may_lock_memory:
+                warn(f"the firmware is chosen and checked here, not on {connection.host}")
+            pinned = domain.security is not None and domain.security.type == "sev"
+            if lock_memory and pinned and not connection.may_lock_memory:
                 lock_memory = False
                 warn(
                     "<locked/> left out: libvirt may not lift the limit on locked memory here; a "

@@ -36,6 +36,19 @@ _REMEDIES = (
         "use a shorter directory for the embedded driver: QEMU's sockets lie below it",
     ),
     (r"Failed to connect socket", "start libvirtd or virtqemud, or give another URI with -c"),
+    (
+        # as it is read, and as the schema has it, which names no value
+        r"attribute 'type' in element 'launchSecurity': 'sev-snp'|Extra element launchSecurity ",
+        "this libvirt does not know such a guest: SEV-SNP needs libvirt 10.5 or newer",
+    ),
+    (
+        r"already exists with uuid",
+        "to change that domain, use igvmfw edit, or put its <uuid> into the XML",
+    ),
+    (
+        r"-no-acpi: invalid option",
+        "this libvirt is older than this QEMU: put <features><acpi/></features> into the domain",
+    ),
     (r"does not accept value 'igvm-cfg'", "this QEMU has no IGVM: name another in <emulator>"),
     (
         r"does not describe a compatible supported platform",
@@ -109,7 +122,12 @@ class Connection:
     @property
     def is_remote(self) -> bool:
         """Whether guests run on another host, where files cannot be looked at from here."""
-        return bool(urlsplit(self.uri).hostname)
+        return self.host is not None
+
+    @property
+    def host(self) -> str | None:
+        """The other host that guests run on; None for this one."""
+        return urlsplit(self.uri).hostname or None
 
     @property
     def is_system(self) -> bool:
