@@ -53,7 +53,10 @@ def prepare(
     if request is None:
         return Rewritten(domain=domain)
     if capabilities is not None and capabilities.igvm:
-        return Rewritten(domain=as_request(domain))  # libvirt chooses by itself
+        return Rewritten(
+            domain=as_request(domain),
+            changes=("passed on as it stands: this libvirt chooses IGVM firmware itself",),
+        )
     sev_es = None if capabilities is None else capabilities.sev_es
     candidate = choose(request, options.entries, sev_es=sev_es)
     if candidate.descriptor is not None:

@@ -98,6 +98,7 @@ def convert(domain: Domain, path: str | None = None) -> Domain:
     record = Record.make(result)
     os = result.os
     if current is None or not record.has(Part.BEFORE):
+        only(os.element, "nvram")  # several are not worth keeping
         record.drop(Part.BEFORE)
         record.take(Part.BEFORE, "loader", "nvram")
     else:
@@ -323,9 +324,21 @@ def _is_ours(argument: _Argument) -> bool:
     return ("id", OBJECT_ID) in _options(argument.value)
 
 
+def _named(domain: Domain) -> list[_Argument]:
+    """The arguments that name an IGVM file."""
+    named = [argument for argument in _arguments(domain) if _names_igvm(argument)]
+    options = [argument.option for argument in named]
+    if len(options) != len(set(options)):
+        raise DomainError(
+            "<qemu:commandline> names an IGVM file more than once",
+            hint="keep one -object igvm-cfg and one -machine igvm-cfg",
+        )
+    return named
+
+
 def _set_arguments(domain: Domain, record: Record, value: str) -> None:
     """Name the file: in place where it is named already, at the end otherwise."""
-    named = [a for a in _arguments(domain) if _names_igvm(a)]
+    named = _named(domain)
     elements = list(domain.argument_elements())
     objects = [a for a in named if a.option == "-object"]
     for argument in objects:
@@ -339,8 +352,8 @@ def _set_arguments(domain: Domain, record: Record, value: str) -> None:
 
 def _remove_arguments(domain: Domain, record: Record) -> None:
     elements = list(domain.argument_elements())
-    for argument in reversed(list(_arguments(domain))):
-        if _names_igvm(argument) and _is_ours(argument):
+    for argument in reversed(_named(domain)):
+        if _is_ours(argument):
             remove(elements[argument.position + 1])
             remove(elements[argument.position])
     commandline = only(domain.root, COMMANDLINE)

@@ -402,7 +402,7 @@ def _report(rewritten: Rewritten) -> None:
         warn(warning)
     for change in rewritten.changes:
         note(change)
-    if recorded(rewritten.domain) is None:
+    if recorded(rewritten.domain) is None and not rewritten.changes:
         note("no IGVM firmware asked for: unchanged")
 
 

@@ -31,6 +31,7 @@ from igvmfw.virt.document import indent, insert, put_back, remove
 from igvmfw.virt.domain import Domain, only, place
 
 NAMESPACE = "urn:igvmfw:domain:1"
+_MAX_TAKEN = 3  # loader, nvram, firmware
 _HEX = re.compile(r"[0-9a-f]+")
 _POLICY = re.compile(r"0x[0-9a-f]{1,16}")
 
@@ -236,7 +237,10 @@ class Record:
                 where=place(os.element),
                 hint="remove it there, or remove igvmfw's element from <metadata>",
             )
-        for taken in reversed(holder.findall(_tag("taken"))):
+        elements = holder.findall(_tag("taken"))
+        if len(elements) > _MAX_TAKEN:
+            raise _damaged(holder)
+        for taken in reversed(elements):
             index = taken.get("index", "")
             if len(taken) != 1 or not (index.isascii() and index.isdigit()):
                 raise _damaged(taken)

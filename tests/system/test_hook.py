@@ -17,6 +17,7 @@ import pytest
 from igvmfw.qemu import emulator
 from tests.parts import need
 from tests.system.guests import Result, domain, igvmfw, wrap
+from tests.testbed.cache import CACHE, SUITES, printed
 from tests.testbed.standin import make_emulator
 
 HOOK = Path(__file__).parents[2] / "packaging" / "libvirt-hook" / "igvmfw"
@@ -34,8 +35,8 @@ group = "root"
 remember_owner = 0
 cgroup_controllers = []
 """
-# libvirtd with /etc/libvirt, /run, /var and /dev of its own, so that nothing of the host is touched
-# and /dev/sev can come and go
+# libvirtd with /etc/libvirt, /run, /var, /dev and /sys/module of its own, so that nothing of the
+# host is touched, and /dev/sev and KVM's switches can come and go
 START = """\
 set -e
 root=$1
@@ -48,18 +49,36 @@ mount --bind /dev/pts "$root/dev/pts"
 ln -s pts/ptmx "$root/dev/ptmx"
 touch "$root/dev/sev"
 mount --rbind "$root/dev" /dev
+mount --bind "$root/module" /sys/module
 mount --bind "$root/etc" /etc/libvirt
 mount --bind "$root/run" /run
 mount --bind "$root/var" /var
-exec libvirtd
+"""
+# a newer release's, in its own root, where the host is to be found in /host
+START_NEWER = """\
+top=$root/top all=$root/top/all
+mkdir "$top"
+mount -t tmpfs tmpfs "$top"
+mkdir "$top/new" "$top/work" "$all"
+mount -t overlay overlay -o "lowerdir=$2,upperdir=$top/new,workdir=$top/work" "$all"
+mkdir -p "$all/host" "$all$3"
+mount --rbind / "$all/host"
+for directory in /dev /etc/libvirt /proc /run /sys /tmp /var "$3"; do
+    mount --rbind "$directory" "$all$directory"
+done
+exec chroot "$all" libvirtd
 """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Daemon:
-    """A libvirtd of the tests' own; what it takes for /etc/libvirt, /run, … is below `root`."""
+    """A libvirtd of the tests' own; what it takes for /etc/libvirt, /run, … is below `root`.
+
+    `python` is the interpreter that igvmfw is installed for, as the hook has to name it.
+    """
 
     root: Path
+    python: Path
 
     @property
     def uri(self) -> str:
@@ -86,7 +105,7 @@ class Daemon:
             self.virsh("undefine", name)
 
 
-def install_hook(path: Path, python: str = sys.executable) -> None:
+def install_hook(path: Path, python: str | Path) -> None:
     """As an administrator does where igvmfw is not the distribution's."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = HOOK.read_text()
@@ -99,21 +118,33 @@ def _libvirt_user_exists() -> bool:
     return any(entry.pw_name in ("libvirt-qemu", "qemu") for entry in pwd.getpwall())
 
 
-@pytest.fixture(scope="module")
-def running() -> Iterator[Daemon]:
+HERE_ALONE = pytest.mark.parametrize("running", ["host"], indirect=True)
+
+
+@pytest.fixture(scope="module", params=["host", "newest"])
+def running(request: pytest.FixtureRequest) -> Iterator[Daemon]:
     need(os.geteuid() == 0, "root, for a libvirtd in a mount namespace")
     need(shutil.which("libvirtd", path="/usr/sbin:/usr/bin") is not None, "libvirtd")
     need(_libvirt_user_exists(), "the user that libvirt runs guests as (libvirt-qemu)")
     need(os.access("/dev/kvm", os.R_OK | os.W_OK), "KVM (read and write access to /dev/kvm)")
-    root = Path(tempfile.mkdtemp(prefix="igvmfw-d-"))
-    for name in ("dev", "etc", "run", "var/lib", "var/log", "var/cache"):
+    root = Path(tempfile.mkdtemp(prefix="igvmfw-d-", dir="/tmp"))
+    for name in ("dev", "etc", "module", "run", "var/lib", "var/log", "var/cache"):
         (root / name).mkdir(parents=True)
     (root / "etc/qemu.conf").write_text(QEMU_CONF)
     (root / "etc/libvirtd.conf").write_text(DAEMON_CONF)
-    daemon = Daemon(root=root)
-    install_hook(daemon.hook)
+    script, python, words = f"{START}exec libvirtd\n", Path(sys.executable), []
+    if request.param == "newest":
+        need(bool(SUITES), "a distribution with newer releases")
+        newer = printed("roots.sh", SUITES[-1])
+        need(newer.is_dir(), "a root with a newer libvirt")
+        script, words = START + START_NEWER, [str(newer), str(CACHE)]
+        python = root / "python"
+        python.write_text(f'#!/bin/sh\nexec chroot /host {sys.executable} "$@"\n')
+        python.chmod(0o755)
+    daemon = Daemon(root=root, python=python)
+    install_hook(daemon.hook, python)
     process = subprocess.Popen(
-        ["unshare", "--mount", "--propagation", "private", "sh", "-c", START, "sh", str(root)],
+        ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh", root, *words],
         stdout=subprocess.DEVNULL,
         stderr=(root / "stderr").open("wb"),
     )
@@ -136,8 +167,9 @@ def running() -> Iterator[Daemon]:
 def daemon(running: Daemon) -> Iterator[Daemon]:
     yield running
     running.remove_all()
-    install_hook(running.hook)
+    install_hook(running.hook, running.python)
     (running.root / "dev/sev").touch()
+    shutil.rmtree(running.root / "module/kvm_amd", ignore_errors=True)
 
 
 @pytest.fixture
@@ -178,6 +210,24 @@ def test_a_guest_whose_file_is_as_chosen_starts(daemon: Daemon, native: Path) ->
 def test_a_missing_file(daemon: Daemon, native: Path) -> None:
     native.unlink()
     assert refused(daemon) == f"{native}: cannot read: No such file or directory (check the path)"
+
+
+def test_a_directory_in_its_place(daemon: Daemon, native: Path) -> None:
+    native.unlink()
+    native.mkdir()
+    said = refused(daemon)
+    assert said == f"{native}: cannot read: Is a directory (name a file inside it)"
+
+
+def test_a_damaged_record(daemon: Daemon, native: Path) -> None:
+    text = daemon.virsh("dumpxml", "--inactive", "guest").out
+    edited = native.with_name("edited.xml")
+    edited.write_text(re.sub('(?<=sha256=.)[0-9a-f]{4}', 'zzzz', text))
+    assert daemon.virsh("define", edited).code == 0
+    said = refused(daemon)
+    assert "igvmfw's record in <metadata> is damaged" in said
+    assert said.endswith("(remove igvmfw's element from <metadata> and let igvmfw rewrite the "
+                         "domain anew)")
 
 
 def test_a_changed_file(daemon: Daemon, native: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,6 +273,7 @@ def test_a_file_that_qemu_is_not_given(daemon: Daemon, native: Path) -> None:
     assert "define the domain again with igvmfw" in said
 
 
+@HERE_ALONE
 def test_an_emulator_without_igvm(daemon: Daemon, native: Path) -> None:
     plain = Path("/usr/bin/qemu-system-x86_64")
     need(plain.exists(), "the distribution's QEMU")
@@ -263,6 +314,14 @@ def test_a_host_without_the_platform(daemon: Daemon, sev: Path) -> None:
     (daemon.root / "dev/sev").unlink()
     said = refused(daemon)
     assert said.startswith("/dev/sev: this host cannot launch sev-es guests: the device is missing")
+    (daemon.root / "dev/sev").touch()
+    switches = daemon.root / "module/kvm_amd/parameters"
+    switches.mkdir(parents=True)
+    (switches / "sev").write_text("Y\n")
+    (switches / "sev_es").write_text("N\n")
+    said = refused(daemon)
+    assert said.startswith("/sys/module/kvm_amd/parameters/sev_es: this host cannot launch sev-es ")
+    assert "KVM has sev_es=N (turn it on in the BIOS and for kvm_amd, or start" in said
 
 
 def test_a_file_without_the_guests_platform(daemon: Daemon, sev: Path) -> None:
@@ -283,6 +342,7 @@ def test_a_file_that_qemu_refuses_for_this_guest(daemon: Daemon, sev: Path) -> N
     assert "vCPU 1" in said
 
 
+@HERE_ALONE
 @pytest.mark.parametrize(
     ("python", "reason"),
     [
@@ -326,6 +386,7 @@ def start_foreign(daemon: Daemon, directory: Path) -> str:
     return daemon.virsh("dumpxml", "foreign").out
 
 
+@HERE_ALONE
 def test_what_a_foreign_domain_pays(
     daemon: Daemon, native: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
