@@ -24,11 +24,26 @@ BOUNDED = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )  # fmt: skip
 VALUES = st.sampled_from(
-    ("", "igvm", "efi", "sev", "sev-snp", "kvm", "q35", "yes", "no", "-1", "9" * 30, "0x", "٣", "\t")
+    (
+        "",
+        "igvm",
+        "efi",
+        "sev",
+        "sev-snp",
+        "kvm",
+        "q35",
+        "yes",
+        "no",
+        "-1",
+        "9" * 30,
+        "0x",
+        "٣",
+        "\t",
+    )
 ) | st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), max_size=8).filter(
     lambda text: "\ufffe" not in text and "\uffff" not in text
 )
-PATHS = st.sampled_from(("/a.igvm", "/a, b=c,,id=x", "/it's \"ü\" <&>;$(x)"))
+PATHS = st.sampled_from(("/a.igvm", "/a, b=c,,id=x", '/it\'s "ü" <&>;$(x)'))
 ODD = (
     "<loader type='igvm'>/mine.igvm</loader>",
     "<loader>/rom</loader>",

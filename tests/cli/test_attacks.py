@@ -13,7 +13,6 @@ import pytest
 
 from igvmfw.platforms import Platform
 from igvmfw.virt.document import MAX_BYTES
-from igvmfw.virt.domain import Domain
 from tests.cli.test_image import one_line
 from tests.igvm import samples
 from tests.virt import domains
@@ -119,9 +118,7 @@ def test_a_hundred_megabytes_of_nesting(tmp_path: Path) -> None:
     assert code == 3
     one_line(said, f"larger than {MAX_BYTES} bytes")
     process = [sys.executable, "-m", "igvmfw", "restore", str(huge)]
-    done = subprocess.run(
-        process, capture_output=True, text=True, check=False, preexec_fn=limit
-    )
+    done = subprocess.run(process, capture_output=True, text=True, check=False, preexec_fn=limit)
     assert (done.returncode, done.stdout) == (3, "")
     one_line(done.stderr, huge, f"larger than {MAX_BYTES} bytes")
 

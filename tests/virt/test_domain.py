@@ -151,7 +151,21 @@ def test_only_a_domain_is_a_domain(text: str) -> None:
         domain(text)
 
 
-ABSURD = ["-1", "-0", "+1", "1e9", "1.5", "NaN", "inf", "9" * 50, "٣", "１", "1_0", "two", "\u00a03"]
+ABSURD = [
+    "-1",
+    "-0",
+    "+1",
+    "1e9",
+    "1.5",
+    "NaN",
+    "inf",
+    "9" * 50,
+    "٣",
+    "１",
+    "1_0",
+    "two",
+    "\u00a03",
+]
 
 
 @pytest.mark.parametrize("number", ["", "0", *ABSURD])
