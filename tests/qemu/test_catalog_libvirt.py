@@ -22,6 +22,9 @@ from igvmfw.resources import template_names
 from tests.parts import need, need_libvirt
 from tests.qemu.test_catalog import SYSTEM, VENDOR, put
 from tests.qemu.test_descriptor import igvm_document
+from tests.system.daemons import serving
+from tests.system.guests import igvmfw, wrap
+from tests.testbed.cache import SUITES
 
 OWN = "usr/share/igvmfw/firmware"
 
@@ -189,3 +192,40 @@ def test_what_an_older_libvirt_makes_of_one_descriptor_it_cannot_read(
         assert re.search(f"{complaint}.*56-unreadable.json", answer.stderr)
     # igvmfw itself goes on in either case
     assert offered_by_catalog(tmp_path, machine) == before
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_newer_libvirt_goes_on_choosing_beside_them(
+    place: int, tmp_path: Path, igvm_qemu: Path, ovmf: Path
+) -> None:
+    """In QEMU's own directories, where igvmfw puts them beside such a libvirt."""
+    need(place < len(SUITES), "a distribution with one more release and its libvirt")
+    for directory in (SYSTEM, VENDOR):
+        (tmp_path / directory).mkdir(parents=True)
+    build_tree(tmp_path)
+    xml = tmp_path / "guest.xml"
+    xml.write_text(
+        "<domain type='qemu'><name>g</name><memory>65536</memory><os firmware='efi'>"
+        "<type arch='x86_64' machine='q35'>hvm</type></os><features><acpi/></features>"
+        f"<devices><emulator>{igvm_qemu}</emulator></devices></domain>"
+    )
+    with serving(SUITES[place], firmware=tmp_path) as daemon:
+
+        def chosen() -> list[str]:
+            answer = daemon.virsh("domxml-to-native", "qemu-argv", xml)
+            assert answer.code == 0, answer.err
+            return re.findall(r'"filename":"([^"]*\.fd)"', answer.out)
+
+        before = chosen()
+        assert f"{tmp_path}/first-code.fd" in before
+        documents = {name: presets.load(name).write() for name in template_names()}
+        documents["vtpm"] = igvm()
+        file = wrap(ovmf, tmp_path / "ovmf.igvm", "--platform", "native", "--platform", "sev-snp")
+        documents["made"] = igvmfw("describe", file).out
+        assert '"amd-sev-snp"' in documents["made"]
+        for directory in (SYSTEM, VENDOR):
+            for name, text in documents.items():
+                put(tmp_path, directory, f"05-{directory[:3]}-{name}.json", text)
+        assert chosen() == before
+    names = [entry.name for entry in load(search_path(tmp_path, user=False), tmp_path).available]
+    assert len(names) == 2 * len(documents) + 1

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.parts import need
 from tests.system.guests import Result
-from tests.testbed.cache import CACHE, SUITES, printed
+from tests.testbed.cache import CACHE, printed
 
 HOOK = Path(__file__).parents[2] / "packaging" / "libvirt-hook" / "igvmfw"
 DAEMON_CONF = """\
@@ -61,6 +61,10 @@ mkdir -p "$all/host" "$all$3"
 mount --rbind / "$all/host"
 for directory in /dev /etc/libvirt /proc /run /sys /tmp /var "$3"; do
     mount --rbind "$directory" "$all$directory"
+done
+for directory in ${4:+/etc/qemu /usr/share/qemu/firmware}; do
+    mkdir -p "$all$directory"
+    mount --bind "$4$directory" "$all$directory"
 done
 exec chroot "$all" libvirtd
 """
@@ -115,8 +119,13 @@ def _libvirt_user_exists() -> bool:
 
 
 @contextlib.contextmanager
-def serving(*, newest: bool) -> Iterator[Daemon]:
-    """A libvirtd until the end of the block: this host's, or that of the newest release."""
+def serving(suite: str | None = None, *, firmware: Path | None = None) -> Iterator[Daemon]:
+    """A libvirtd until the end of the block.
+
+    Args:
+        suite: The newer release whose libvirtd it is; None for this host's.
+        firmware: A tree whose firmware descriptors a newer release's sees instead of its own.
+    """
     need(os.geteuid() == 0, "root, for a libvirtd in a mount namespace")
     need(shutil.which("libvirtd", path="/usr/sbin:/usr/bin") is not None, "libvirtd")
     need(_libvirt_user_exists(), "the user that libvirt runs guests as (libvirt-qemu)")
@@ -127,11 +136,10 @@ def serving(*, newest: bool) -> Iterator[Daemon]:
     (root / "etc/qemu.conf").write_text(QEMU_CONF)
     (root / "etc/libvirtd.conf").write_text(DAEMON_CONF)
     script, python, words = f"{START}exec libvirtd\n", Path(sys.executable), []
-    if newest:
-        need(bool(SUITES), "a distribution with newer releases")
-        newer = printed("roots.sh", SUITES[-1])
+    if suite is not None:
+        newer = printed("roots.sh", suite)
         need(newer.is_dir(), "a root with a newer libvirt")
-        script, words = START + START_NEWER, [str(newer), str(CACHE)]
+        script, words = START + START_NEWER, [str(newer), str(CACHE), str(firmware or "")]
         python = root / "python"
         python.write_text(f'#!/bin/sh\nexec chroot /host {sys.executable} "$@"\n')
         python.chmod(0o755)
