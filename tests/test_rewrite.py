@@ -465,7 +465,7 @@ def corpus(source: Path) -> list[Path]:
 def unchanged_parts(source: Domain) -> bytes:
     """The canonical form without all that a rewriter may touch."""
     copy = source.copy()
-    copy.os.element.attrib.pop("firmware", None)
+    copy.os.element.attrib.pop("firmware", "")
     ours = "igvm-cfg"
     for commandline in copy.root.findall(COMMANDLINE):
         elements = list(commandline)

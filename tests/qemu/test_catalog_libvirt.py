@@ -218,7 +218,7 @@ def test_a_newer_libvirt_goes_on_choosing_beside_them(
 
         before = chosen()
         assert f"{tmp_path}/first-code.fd" in before
-        documents = {name: presets.load(name).write() for name in template_names()}
+        documents = {name: presets.load(name).write().decode() for name in template_names()}
         documents["vtpm"] = igvm()
         file = wrap(ovmf, tmp_path / "ovmf.igvm", "--platform", "native", "--platform", "sev-snp")
         documents["made"] = igvmfw("describe", file).out
