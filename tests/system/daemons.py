@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.conftest import QEMU_CONF
 from tests.parts import need
 from tests.system.guests import Result
 from tests.testbed.cache import CACHE, printed
@@ -21,15 +22,6 @@ DAEMON_CONF = """\
 auth_unix_ro = "none"
 auth_unix_rw = "none"
 log_outputs = "3:file:/var/log/libvirtd.log"
-"""
-QEMU_CONF = """\
-stdio_handler = "file"
-namespaces = []
-security_driver = "none"
-user = "root"
-group = "root"
-remember_owner = 0
-cgroup_controllers = []
 """
 # libvirtd with /etc/libvirt, /run, /var, /dev and /sys/module of its own, so that nothing of the
 # host is touched, and /dev/sev and KVM's switches can come and go
