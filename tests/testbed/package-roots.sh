@@ -24,7 +24,8 @@ kind=${1:?names no layer}
 suite=$("$here/roots.sh" --suites | cut -d ' ' -f 1)
 case $kind in
     rpm) packages="rpm rpmlint python3 python3-pip python3-setuptools python3-wheel python3-lxml
-        python3-jsonschema python3-rich man-db bash-completion" ;;
+        python3-jsonschema python3-rich python3-docutils python3-argcomplete python3-packaging
+        man-db" ;;
     *) echo "package-roots.sh: no layer named $kind; there are: $kinds" >&2; exit 2 ;;
 esac
 base=$("$here/roots.sh" "$suite" --print)
