@@ -51,6 +51,8 @@ testbed: venv qemu ## everything the tests need, built into ~/.cache/igvmfw
 	    $(TESTBED)/peers.sh >/dev/null && $(TESTBED)/reference.sh >/dev/null
 	@for suite in $$($(TESTBED)/roots.sh --suites); do \
 	    $(TESTBED)/roots.sh $$suite >/dev/null || exit; done
+	@for kind in $$($(TESTBED)/package-roots.sh --kinds); do \
+	    $(TESTBED)/package-roots.sh $$kind >/dev/null || exit; done
 	@$(BIN)/python -c 'from tests.testbed.standin import build_library; build_library()'
 
 # atheris has wheels for x86-64 and some versions of Python; without it hypothesis does
