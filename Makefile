@@ -35,7 +35,7 @@ $(BIN)/.installed: pyproject.toml | packages
 	    "igvmfw needs Python 3.11 or newer: make PYTHON=python3.11 …")'
 	@echo "making the virtual environment .venv" >&2
 	@$(PYTHON) -m venv --prompt igvmfw .venv
-	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,libvirt]'
+	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[completion,dev,libvirt]'
 	@touch $@
 
 packages:
