@@ -14,7 +14,7 @@ from igvmfw.platforms import Platform
 from igvmfw.provenance import Writer, find_writer, is_untouched
 from igvmfw.qemu.catalog import load
 from igvmfw.qemu.descriptor import Descriptor
-from igvmfw.refresh import Refreshed, refresh, vendor_directories
+from igvmfw.refresh import Refreshed, refresh, remove_all, vendor_directories
 from tests.igvm import samples
 
 Make = Callable[..., Path]
@@ -148,6 +148,47 @@ def test_a_package_that_brings_its_own_descriptor_needs_none(place: Place, make:
     file.unlink()
     assert run(place).actions == ()
     assert path.exists()
+
+
+def test_refreshs_descriptor_gives_way_to_a_packages_own(place: Place, make: Make) -> None:
+    file = make("usr/share/igvm/a.igvm")
+    run(place)
+    own = describe_file(str(file), root=place.root).descriptor.write()
+    for directory in (place.directory, place.root / "usr/share/igvmfw/firmware"):
+        directory.mkdir(parents=True, exist_ok=True)
+        for name in ("50-package.json", "90-package.json"):  # whichever is read first
+            (directory / name).write_bytes(own)
+            assert kinds(run(place)) == {name: "unchanged", "70-igvm-a.json": "remove"}
+            assert kinds(run(place)) == {name: "unchanged"}
+            (directory / name).unlink()
+            assert kinds(run(place)) == {"70-igvm-a.json": "write"}
+
+
+def test_removing_all_removes_what_refresh_wrote(place: Place, make: Make) -> None:
+    make("usr/share/igvm/a.igvm")
+    make("usr/share/igvm/b.igvm")
+    make("usr/share/igvm/edited.igvm")
+    run(choose_place(Level.VENDOR, root=place.root, into=Into.IGVMFW))
+    left = place.root / "usr/share/igvmfw/firmware/70-igvm-a.json"
+    kept = left.read_bytes()
+    run(place)
+    left.write_bytes(kept)  # of the same name in both directories
+    edited = place.directory / "70-igvm-edited.json"
+    edited.write_bytes(edited.read_bytes().replace(b"OVMF for", b"My OVMF for"))
+    package = place.directory / "50-package.json"
+    package.write_bytes(describe_file(str(place.root / "usr/share/igvm/b.igvm")).descriptor.write())
+    before = set(place.directory.iterdir())
+    planned = remove_all(place, dry_run=True)
+    assert set(place.directory.iterdir()) == before
+    assert remove_all(place) == planned
+    assert sorted((a.path.name, a.kind.value) for a in planned.actions) == [
+        ("70-igvm-a.json", "remove"),
+        ("70-igvm-a.json", "remove"),
+        ("70-igvm-b.json", "remove"),
+        ("70-igvm-edited.json", "keep"),
+    ]
+    assert set(place.directory.iterdir()) == {edited, package}
+    assert list(left.parent.iterdir()) == []
 
 
 def test_what_install_wrote_is_not_refreshs(place: Place, make: Make) -> None:

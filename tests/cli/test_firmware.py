@@ -364,6 +364,17 @@ def test_refresh_takes_directories(run: Run, root: Path) -> None:
     one_line(err, "nowhere", "is no directory")
 
 
+def test_refresh_removes_what_it_wrote(run: Run, root: Path) -> None:
+    assert run("refresh", "--root", root)[0] == 0
+    path = root / "usr/share/qemu/firmware/70-igvm-ovmf-sev.json"
+    code, out, err = run("refresh", "--root", root, "--remove")
+    assert (code, out, err) == (0, f"removed    {path}  (written by refresh)\n", "")
+    assert files_below(root) == {file_in(root)}
+    code, _, err = run("refresh", "--root", root, "--remove", root)
+    assert code == 2
+    one_line(err, "--remove goes with neither")
+
+
 def test_refresh_goes_on_with_what_it_cannot_describe(run: Run, root: Path) -> None:
     (root / "usr/share/igvm/bare.igvm").write_bytes(samples.small())
     code, out, err = run("refresh", "--root", root)
