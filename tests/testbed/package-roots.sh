@@ -14,18 +14,31 @@ set -euo pipefail
 
 here=$(dirname "$(realpath "$0")")
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/igvmfw
-kinds="rpm"
+read -ra suites <<<"$("$here/roots.sh" --suites)"
+kinds="rpm ${suites[*]/#/deb-}"
 if [ "${1-}" = --kinds ]; then
     echo "$kinds"
     exit
 fi
 kind=${1:?names no layer}
-# of the first release with a libvirt that passes over IGVM descriptors
-suite=$("$here/roots.sh" --suites | cut -d ' ' -f 1)
+# of the first release with a libvirt that passes over IGVM descriptors, where the name has none
+suite=${suites[0]}
+case " $kinds " in
+    *" $kind "*) ;;
+    *) echo "package-roots.sh: no layer named $kind; there are: $kinds" >&2; exit 2 ;;
+esac
 case $kind in
     rpm) packages="rpm rpmlint python3 python3-pip python3-setuptools python3-wheel python3-lxml
         python3-jsonschema python3-rich man-db bash-completion" ;;
-    *) echo "package-roots.sh: no layer named $kind; there are: $kinds" >&2; exit 2 ;;
+    deb-*)
+        suite=${kind#deb-}
+        # what builds and checks the packages, and all that they and their tests depend on: there
+        # is no network later on (packaging/debian/control, packaging/debian/tests/control)
+        packages="build-essential debhelper dh-python pybuild-plugin-pyproject python3-all
+            python3-setuptools python3-pytest python3-hypothesis python3-docutils
+            python3-argcomplete python3-lxml python3-jsonschema python3-rich python3-libvirt
+            libvirt-clients ovmf qemu-system-x86 lintian autopkgtest apparmor"
+        ;;
 esac
 base=$("$here/roots.sh" "$suite" --print)
 key=$({ basename "$base"; cat "$here/package-roots.sh"; } | sha256sum | cut -c 1-16)
