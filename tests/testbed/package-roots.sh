@@ -57,7 +57,9 @@ fill_layer() { # DIR
         mount_root "$base" "$1/new" "$1/work" "$1/all" &&
         cp /etc/resolv.conf "$1/all/etc/resolv.conf" &&
         chroot "$1/all" sh -ec "export DEBIAN_FRONTEND=noninteractive
-            apt='apt-get -q -o APT::Sandbox::User=root -o Dpkg::Options::=--force-unsafe-io'
+            # a frozen mirror's lists may have expired
+            apt='apt-get -q -o APT::Sandbox::User=root -o Acquire::Check-Valid-Until=false
+                -o Dpkg::Options::=--force-unsafe-io'
             \$apt update
             \$apt install -y --no-install-recommends $(echo $packages)
             apt-get clean
