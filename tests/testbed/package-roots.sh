@@ -29,7 +29,8 @@ case " $kinds " in
 esac
 case $kind in
     rpm) packages="rpm rpmlint python3 python3-pip python3-setuptools python3-wheel python3-lxml
-        python3-jsonschema python3-rich man-db bash-completion" ;;
+        python3-jsonschema python3-rich python3-docutils python3-argcomplete python3-packaging
+        man-db" ;;
     deb-*)
         suite=${kind#deb-}
         # what builds and checks the packages, and all that they and their tests depend on: there
@@ -41,8 +42,6 @@ case $kind in
         ;;
 esac
 base=$("$here/roots.sh" "$suite" --print)
-key=$({ basename "$base"; cat "$here/package-roots.sh"; } | sha256sum | cut -c 1-16)
-layer=$cache/layer-$kind-$key
 
 mount_root() { # LOWER UPPER WORK ON
     mount --make-rprivate /
@@ -65,6 +64,10 @@ fill_layer() { # DIR
             apt-get clean
             rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin"
 }
+
+# what is in the layer, and how it comes there
+key=$({ basename "$base"; echo "$packages"; declare -f fill_layer; } | sha256sum | cut -c 1-16)
+layer=$cache/layer-$kind-$key
 
 make_layer() {
     if [ "$(id -u)" != 0 ]; then
