@@ -14,23 +14,34 @@ set -euo pipefail
 
 here=$(dirname "$(realpath "$0")")
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/igvmfw
-kinds="rpm"
+read -ra suites <<<"$("$here/roots.sh" --suites)"
+kinds="rpm ${suites[*]/#/deb-}"
 if [ "${1-}" = --kinds ]; then
     echo "$kinds"
     exit
 fi
 kind=${1:?names no layer}
-# of the first release with a libvirt that passes over IGVM descriptors
-suite=$("$here/roots.sh" --suites | cut -d ' ' -f 1)
+# of the first release with a libvirt that passes over IGVM descriptors, where the name has none
+suite=${suites[0]}
+case " $kinds " in
+    *" $kind "*) ;;
+    *) echo "package-roots.sh: no layer named $kind; there are: $kinds" >&2; exit 2 ;;
+esac
 case $kind in
     rpm) packages="rpm rpmlint python3 python3-pip python3-setuptools python3-wheel python3-lxml
         python3-jsonschema python3-rich python3-docutils python3-argcomplete python3-packaging
         man-db" ;;
-    *) echo "package-roots.sh: no layer named $kind; there are: $kinds" >&2; exit 2 ;;
+    deb-*)
+        suite=${kind#deb-}
+        # what builds and checks the packages, and all that they and their tests depend on: there
+        # is no network later on (packaging/debian/control, packaging/debian/tests/control)
+        packages="build-essential debhelper dh-python pybuild-plugin-pyproject python3-all
+            python3-setuptools python3-pytest python3-hypothesis python3-docutils
+            python3-argcomplete python3-lxml python3-jsonschema python3-rich python3-libvirt
+            libvirt-clients ovmf qemu-system-x86 lintian autopkgtest apparmor"
+        ;;
 esac
 base=$("$here/roots.sh" "$suite" --print)
-key=$({ basename "$base"; cat "$here/package-roots.sh"; } | sha256sum | cut -c 1-16)
-layer=$cache/layer-$kind-$key
 
 mount_root() { # LOWER UPPER WORK ON
     mount --make-rprivate /
@@ -45,12 +56,18 @@ fill_layer() { # DIR
         mount_root "$base" "$1/new" "$1/work" "$1/all" &&
         cp /etc/resolv.conf "$1/all/etc/resolv.conf" &&
         chroot "$1/all" sh -ec "export DEBIAN_FRONTEND=noninteractive
-            apt='apt-get -q -o APT::Sandbox::User=root -o Dpkg::Options::=--force-unsafe-io'
+            # a frozen mirror's lists may have expired
+            apt='apt-get -q -o APT::Sandbox::User=root -o Acquire::Check-Valid-Until=false
+                -o Dpkg::Options::=--force-unsafe-io'
             \$apt update
             \$apt install -y --no-install-recommends $(echo $packages)
             apt-get clean
             rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin"
 }
+
+# what is in the layer, and how it comes there
+key=$({ basename "$base"; echo "$packages"; declare -f fill_layer; } | sha256sum | cut -c 1-16)
+layer=$cache/layer-$kind-$key
 
 make_layer() {
     if [ "$(id -u)" != 0 ]; then
