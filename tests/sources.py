@@ -2,12 +2,14 @@
 
 libvirt's source package comes from the Debian or Ubuntu archive this machine uses, through apt and
 without touching its configuration.  QEMU's docs/interop/firmware.json is kept by the test bed
-beside the emulator it builds, as PREFIX/share/igvmfw/firmware.json.
+beside the emulator it builds, as PREFIX/share/igvmfw/firmware.json.  rpmlint's source distribution,
+of the release given, has the settings that Fedora and openSUSE use it with.
 """
 
 import functools
 import hashlib
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -64,6 +66,26 @@ def _fetch(work: Path) -> Path:
     unpack = ["tar", "-xf", str(tarball), "--wildcards", *_LIBVIRT_PARTS]
     subprocess.run(unpack, check=True, timeout=300, capture_output=True, cwd=work)
     return next(work.glob("libvirt-*/"))
+
+
+@functools.cache
+def rpmlint_settings(version: str) -> Path | None:
+    """The directories Fedora and openSUSE of settings for rpmlint, or None where it has none."""
+    kept = CACHE / "sources" / f"rpmlint-{version}"
+    if not kept.is_dir():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as directory:
+            pip = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check"]
+            fetch = [*pip, "--no-deps", "--no-binary", ":all:", f"rpmlint=={version}"]
+            try:
+                subprocess.run(fetch, check=True, timeout=300, capture_output=True, cwd=directory)
+                tarball = next(Path(directory).glob("rpmlint-*.tar.gz"))
+                unpack = ["tar", "-xf", str(tarball), "--wildcards", "*/configs"]
+                subprocess.run(unpack, check=True, timeout=60, capture_output=True, cwd=directory)
+                next(Path(directory).glob("rpmlint-*/configs")).rename(kept)
+            except (OSError, subprocess.SubprocessError, StopIteration):
+                return kept if kept.is_dir() else None  # another run may have been faster
+    return kept
 
 
 def _source_lines() -> str:

@@ -28,8 +28,8 @@ case " $kinds " in
     *) echo "package-roots.sh: no layer named $kind; there are: $kinds" >&2; exit 2 ;;
 esac
 case $kind in
-    rpm) packages="rpm rpmlint python3 python3-pip python3-setuptools python3-wheel python3-lxml
-        python3-jsonschema python3-rich python3-docutils python3-argcomplete python3-packaging
+    rpm) packages="rpm rpmlint file devscripts python3 python3-pip python3-setuptools python3-wheel
+        python3-lxml python3-jsonschema python3-rich python3-docutils python3-argcomplete python3-packaging
         man-db" ;;
     deb-*)
         suite=${kind#deb-}
