@@ -154,8 +154,8 @@ def image(*platforms: Platform) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Our packages, built from a copy of the checkout, and the one that stands for Debian."""
+def builder(tmp_path_factory: pytest.TempPathFactory) -> RpmRoot:
+    """A root with a copy of the checkout and what its packages need to be built."""
     root = RpmRoot(directory=tmp_path_factory.mktemp("build"))
     made = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "target", "*.egg-info")
     shutil.copytree(CHECKOUT, root.shared / "igvmfw", ignore=made)
@@ -164,8 +164,14 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     debian = root.build(DEBIAN.format(provides=provides, site_packages=site_packages))
     assert debian.returncode == 0, debian.stderr
     root.rpm("-i", "/shared/made/noarch/debian-1-1.noarch.rpm")
-    root.run("/shared/igvmfw/packaging/build-rpm", "/shared/made/noarch")
-    return root.shared / "made/noarch"
+    return root
+
+
+@pytest.fixture(scope="module")
+def packages(builder: RpmRoot) -> Path:
+    """Our packages, and the one that stands for Debian."""
+    builder.run("/shared/igvmfw/packaging/build-rpm", "/shared/made/noarch")
+    return builder.shared / "made/noarch"
 
 
 @pytest.fixture
@@ -380,3 +386,18 @@ def test_the_spec_file_as_each_distribution_reads_it(
     assert f"%transfiletriggerin -- {directories}\n" in text
     assert f"%transfiletriggerpostun -- {directories}\n" in text
     assert re.search(rf"^Version: +{re.escape(__version__)}$", text, re.MULTILINE)
+
+
+def test_the_packages_for_opensuse_are_built(builder: RpmRoot) -> None:
+    """Where their contents and dependencies are others; with pip, not the distribution's macros."""
+    options = ["--nodeps", "--define", "suse_version 1600"]
+    builder.run("/shared/igvmfw/packaging/build-rpm", "/shared/suse", *options)
+    program, python = (
+        f"/shared/suse/{name}-{__version__}-0.noarch.rpm" for name in ("igvmfw", "python3-igvmfw")
+    )
+    confinement = "/etc/apparmor.d/abstractions/libvirt-qemu.d/igvmfw"
+    assert confinement in builder.rpm("-qpc", program).split()
+    required = builder.rpm("-qp", "--requires", python)
+    for needed in ("lxml >= 4.9", "jsonschema >= 4.17", "rich >= 13"):
+        assert f"python3-{needed}\n" in required
+    assert "python3-libvirt-python >= 9.0" in builder.rpm("-qp", "--recommends", program)
