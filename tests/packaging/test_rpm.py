@@ -230,9 +230,7 @@ def test_an_edited_descriptor_and_a_damaged_file_are_named_and_stop_nothing(root
     root.rpm("-i", *PROGRAM, root.vendor(1, NATIVE))
     path = f"{FIRMWARE}/70-igvm-vendor.json"
     root.run("sed", "-i", "s/OVMF for/My OVMF for/", path)
-    damaged = root.vendor(
-        1, SEV, name="damaged", install="truncate -s 1000 %{buildroot}/*/*/*/*"
-    )
+    damaged = root.vendor(1, SEV, name="damaged", install="truncate -s 1000 %{buildroot}/*/*/*/*")
     assert "damaged.igvm" in root.run("rpm", "-i", "--force", damaged)
     assert root.rpm("-e", "igvmfw", "python3-igvmfw") == ""
     assert "My OVMF for" in root.run("cat", path)
