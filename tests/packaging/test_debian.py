@@ -17,7 +17,7 @@ import pytest
 from igvmfw.igvm.wrap import wrap
 from igvmfw.platforms import Platform
 from igvmfw.refresh import vendor_directories
-from tests.testbed.cache import SCRIPTS
+from tests.testbed.cache import SUITES
 from tests.testbed.package_root import PackageRoot
 
 CHECKOUT = Path(__file__).parents[2]
@@ -75,15 +75,6 @@ profile libvirt-{uuid} flags=(attach_disconnected) {{
 """
 UUID = "01234567-89ab-cdef-0123-456789abcdef"
 NATIVE, SEV, SEV_ES = Platform.NATIVE, Platform.SEV, Platform.SEV_ES
-
-
-def suites() -> list[str]:
-    """The releases that the test bed has roots of; the newest is the last."""
-    script = [str(SCRIPTS / "roots.sh"), "--suites"]
-    return subprocess.run(script, capture_output=True, text=True, check=False).stdout.split()
-
-
-SUITES = suites()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -267,7 +258,7 @@ def test_a_package_that_is_built_with_dh_igvmfw(root: DebRoot) -> None:
 @pytest.mark.parametrize(
     ("files", "complaint"),
     [
-        ({"x.igvmfw": "usr/share/igvm/other.igvm\n"}, "x.igvmfw:1: usr/share/igvm/other.igvm is no"),
+        ({"x.igvmfw": "usr/share/igvm/other.igvm\n"}, "igvmfw:1: usr/share/igvm/other.igvm is no"),
         ({"x.igvmfw": "usr/share/igvm/x.igvm --feature none\n"}, "none"),
         ({"rules": "#!/usr/bin/make -f\n%:\n\tdh $@\noverride_dh_auto_install:\n"
                    "\ttruncate -s 1000 x.igvm\n"}, "x.igvm"),
@@ -346,7 +337,7 @@ def test_a_damaged_file_of_another_package_stops_nothing(root: DebRoot) -> None:
 
 
 def test_the_confinement_of_guests(root: DebRoot) -> None:
-    """The abstraction compiles as a part of libvirt's, and lets a guest have its own state alone."""
+    """As a part of libvirt's abstraction, it compiles, and gives each guest its own state alone."""
     profile = PROFILE.format(uuid=UUID)
     parse = ["apparmor_parser", "--skip-kernel-load", "--skip-cache"]
     assert root.run(*parse, stdin=profile) == ""
