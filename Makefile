@@ -6,7 +6,7 @@ BIN := .venv/bin
 TESTBED := tests/testbed
 PACKAGES := $(TESTBED)/packages.sh
 
-.PHONY: help demo test check lint types venv packages qemu testbed rpm fuzz pictures clean
+.PHONY: help demo test check lint types venv packages qemu testbed deb rpm fuzz pictures clean
 .DEFAULT_GOAL := help
 
 help: ## say what can be made
@@ -57,6 +57,9 @@ testbed: venv qemu ## everything the tests need, built into ~/.cache/igvmfw
 	@for kind in $$($(TESTBED)/package-roots.sh --kinds); do \
 	    $(TESTBED)/package-roots.sh $$kind >/dev/null || exit; done
 	@$(BIN)/python -c 'from tests.testbed.standin import build_library; build_library()'
+
+deb: ## igvmfw's Debian packages, into dist (needs what packaging/debian/control names)
+	@packaging/build-deb dist
 
 rpm: ## igvmfw's RPM packages, into dist (needs rpmbuild and what the spec file names)
 	@packaging/build-rpm dist

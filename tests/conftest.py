@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.parts import SKIPPED, need
-from tests.testbed.cache import SCRIPTS, printed
+from tests.testbed.cache import SCRIPTS, SUITES, printed
 from tests.testbed.standin import DEVICE, SevEmulator, make_emulator
 
 OVMF = Path("/usr/share/ovmf/OVMF.fd")  # code and variables in one image, with SEV-SNP's metadata
