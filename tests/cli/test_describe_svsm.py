@@ -9,6 +9,7 @@ import pytest
 from igvmfw.cli import main
 from igvmfw.igvm.builder import ImageBuilder
 from igvmfw.platforms import Platform
+from igvmfw.qemu.schema import QEMU_VERSIONS, Profile, check_schema
 from tests.igvm import samples
 
 REAL = Path(__file__).parents[1] / "data/coconut/coconut-qemu-vtpm-snp-ovmf.igvm.xz"
@@ -67,3 +68,19 @@ def test_a_vtpm_that_keeps_its_state_names_its_storage(
     mapping, features, explained = described(capsys, *words, "--profile", "upstream")
     assert (set(mapping), features) == ({"device", "filename"}, ["amd-sev-snp"])
     assert explained.count("left out") == 2
+
+
+def test_the_protocol_of_an_svsm_is_an_interface(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(real(tmp_path / "f.igvm"))
+    assert main(["describe", "--explain", file]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["interface-types"] == ["uefi", "svsm"]
+    assert "COCONUT-SVSM in the file speaks the SVSM protocol with SEV-SNP guests" in err
+    assert main(["describe", "--explain", "--profile", "upstream", file]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["interface-types"] == ["uefi"]
+    assert "since QEMU 11.0 only" in err
+    for version in QEMU_VERSIONS:
+        assert check_schema(json.loads(out), Profile.UPSTREAM, version) == ()
