@@ -204,7 +204,7 @@ def test_validate_says_no_with_every_reason(run: Run, tmp_path: Path) -> None:
 
 def test_validate_goes_by_the_release(run: Run, tmp_path: Path) -> None:
     mapping = {"device": "memory", "filename": "/f", "uefi-vars": {"template": "/v"}}
-    path = put(tmp_path / "a.json", mapping=mapping)
+    path = put(tmp_path / "a.json", mapping=mapping, features=["host-uefi-vars"])
     assert run("validate", "--qemu", "10.2", path)[0] == 1
     assert run("validate", "--qemu", "11.0", path)[0] == 0
     assert run("validate", "--qemu", "9.0", path)[0] == 2
