@@ -11,7 +11,7 @@ verbose-dynamic); COCONUT-SVSM's documentation (coconut-qemu.igvm, run on q35).
 import functools
 from dataclasses import replace
 
-from igvmfw.describe import Stated
+from igvmfw.describe import SVSM, Stated
 from igvmfw.errors import UsageError
 from igvmfw.qemu.descriptor import PLATFORM_FEATURES, VTPM, Descriptor, IgvmMapping
 from igvmfw.resources import load_template, template_names
@@ -55,10 +55,10 @@ def find(filename: str, datadir: str = DATADIR) -> Descriptor | None:
 
 
 def stated(preset: Descriptor) -> Stated:
-    """What a preset says that its file cannot."""
+    """What a preset says that its file cannot; whether there is an SVSM, it can."""
     machines = (machine for target in preset.targets for machine in target.machines)
     return Stated(
-        interface_types=preset.interface_types,
+        interface_types=tuple(i for i in preset.interface_types if i != SVSM),
         features=tuple(f for f in preset.features if f not in _TOLD_BY_FILE),
         machines=tuple(machines),
     )

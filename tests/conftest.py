@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -152,8 +153,9 @@ def newer_libvirt(newer_libvirts: Callable[[int], str]) -> str:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Say in the very last lines which parts were missing, and how many tests with them."""
-    reporter = config.pluginmanager.get_plugin("terminalreporter")
-    if not isinstance(reporter, pytest.TerminalReporter):
+    # its class is public in newer releases of pytest only
+    reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None:
         return
     missing: dict[str, int] = {}
     for report in reporter.stats.get("skipped", []):

@@ -2,12 +2,15 @@
 
 libvirt's source package comes from the Debian or Ubuntu archive this machine uses, through apt and
 without touching its configuration.  QEMU's docs/interop/firmware.json is kept by the test bed
-beside the emulator it builds, as PREFIX/share/igvmfw/firmware.json.
+beside the emulator it builds, as PREFIX/share/igvmfw/firmware.json.  rpmlint's source distribution,
+of the release given, has the settings that Fedora and openSUSE use it with.
 """
 
 import functools
 import hashlib
+import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -21,6 +24,9 @@ _LIBVIRT_PARTS = (
     "*/src/conf/schemas",
 )
 _VERSION = "igvmfw-version"  # put beside what came with the source
+
+# what ships firmware with descriptors in Debian and Ubuntu
+_FIRMWARE_PACKAGE = re.compile(r"(ovmf|qemu-efi)(-[a-z0-9-]+)?")
 
 
 def qemu_interop(release: str) -> Path | None:
@@ -99,6 +105,65 @@ def _fetch(work: Path, suite: str | None) -> Path:
     unpack = ["tar", "-xf", str(tarball), "--wildcards", *_LIBVIRT_PARTS]
     subprocess.run(unpack, check=True, timeout=300, capture_output=True, cwd=work)
     return next(work.glob("libvirt-*/"))
+
+
+@functools.cache
+def distribution_descriptors() -> Path | None:
+    """A directory for each of the distribution's firmware packages, with its descriptors, or None.
+
+    Most of them are for other architectures than this host's.
+    """
+    kept = CACHE / "sources" / "descriptors"
+    if not kept.is_dir():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as work:
+            try:
+                _fetch_descriptors(Path(work)).rename(kept)
+            except (OSError, subprocess.SubprocessError):
+                return kept if kept.is_dir() else None  # another run may have been faster
+    return kept
+
+
+def _fetch_descriptors(work: Path) -> Path:
+    names = ["apt-cache", "pkgnames"]
+    known = subprocess.run(names, check=True, timeout=60, capture_output=True, text=True).stdout
+    packages = sorted(name for name in known.split() if _FIRMWARE_PACKAGE.fullmatch(name))
+    fetch = ["apt-get", "-qq", "-oAPT::Sandbox::User=", "download", *packages]
+    subprocess.run(fetch, check=True, timeout=300, capture_output=True, cwd=work)
+    for package in work.glob("*.deb"):
+        directory = work / "all" / package.name.split("_")[0]
+        directory.mkdir(parents=True)
+        unpack = (
+            'dpkg-deb --fsys-tarfile "$1" | tar -x -C "$2" --wildcards "*/qemu/firmware/*.json"'
+        )
+        # a package without any, such as a transitional one, is no failure
+        subprocess.run(
+            ["sh", "-c", unpack, "-", str(package), str(directory)],
+            check=False,
+            timeout=60,
+            capture_output=True,
+        )
+    return work / "all"
+
+
+@functools.cache
+def rpmlint_settings(version: str) -> Path | None:
+    """The directories Fedora and openSUSE of settings for rpmlint, or None where it has none."""
+    kept = CACHE / "sources" / f"rpmlint-{version}"
+    if not kept.is_dir():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as directory:
+            pip = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check"]
+            fetch = [*pip, "--no-deps", "--no-binary", ":all:", f"rpmlint=={version}"]
+            try:
+                subprocess.run(fetch, check=True, timeout=300, capture_output=True, cwd=directory)
+                tarball = next(Path(directory).glob("rpmlint-*.tar.gz"))
+                unpack = ["tar", "-xf", str(tarball), "--wildcards", "*/configs"]
+                subprocess.run(unpack, check=True, timeout=60, capture_output=True, cwd=directory)
+                next(Path(directory).glob("rpmlint-*/configs")).rename(kept)
+            except (OSError, subprocess.SubprocessError, StopIteration):
+                return kept if kept.is_dir() else None  # another run may have been faster
+    return kept
 
 
 def _source_lines(suite: str | None) -> str:

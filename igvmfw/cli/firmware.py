@@ -354,19 +354,28 @@ def _refresh_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--all", action="store_true", help="read every file, also one that looks unchanged"
     )
+    parser.add_argument(
+        "--remove",
+        action="store_true",
+        help="remove all that refresh wrote and nobody edited, as before igvmfw itself is removed",
+    )
     root_option(parser)
     _into_option(parser)
     _run_options(parser)
 
 
 def _refresh(args: argparse.Namespace) -> int:
-    from igvmfw.refresh import refresh, vendor_directories
+    from igvmfw.refresh import refresh, remove_all, vendor_directories
 
+    if args.remove and (args.directories or args.all):
+        raise UsageError("--remove goes with neither --all nor directories")
     for name in args.directories:
         if not os.path.isdir(name):
             raise InputError("is no directory", where=name, hint="check the path")
     directories = [Path(name) for name in args.directories] or vendor_directories(args.root)
     place = choose_place(Level.VENDOR, root=args.root, into=args.into)
+    if args.remove:
+        return _report(remove_all(place, dry_run=args.dry_run).actions, args)
     done = refresh(
         place,
         directories,
