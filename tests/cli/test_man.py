@@ -1,5 +1,6 @@
 """The man pages: what real formatters make of them, and whether they say what --help says."""
 
+import functools
 import os
 import re
 import shutil
@@ -50,6 +51,7 @@ def run(*command: str | Path, **environment: str) -> str:
     return done.stdout
 
 
+@functools.cache
 def shown(pages: Path, name: str) -> str:
     """A page as man shows it, in lines so wide that nothing is broken."""
     need(shutil.which("man") is not None, "man (man-db)")
@@ -58,6 +60,7 @@ def shown(pages: Path, name: str) -> str:
     return text
 
 
+@functools.cache
 def helped(command: str) -> str:
     return run(sys.executable, "-m", "igvmfw", command, "--help", COLUMNS="1000", NO_COLOR="1")
 
@@ -110,7 +113,7 @@ def test_every_command_is_in_one_group() -> None:
 def test_main_page_has_every_command_and_page(pages: Path) -> None:
     text = shown(pages, "igvmfw")
     for command, listed in COMMANDS.items():
-        assert re.search(rf"^ +{command} +{re.escape(listed.help)}$", text, re.MULTILINE)
+        assert re.search(rf"^ +{command}\s+{re.escape(listed.help)}$", text, re.MULTILINE)
     others = {path.stem for path in SOURCES} - {"igvmfw.1"}
     assert others <= {f"{name}.{number}" for name, number in re.findall(r"([\w-]+)\((\d)\)", text)}
 
