@@ -25,7 +25,7 @@ SHELL = ("sh", "console")
 _FENCE = re.compile(r"( *)```(\S*)\s*$")
 _REMARK = re.compile(r"\s*(?:<!--|\.\.) (file|not run|setup): (.*?)(?: -->)?\s*$")
 _INDENTED = re.compile(
-    r" {4,}(\$ |sudo |(igvmfw|make|pip|apt|apt-get|dnf|virsh|systemctl|install|rpm\w*|dpkg\S*)( |$))"
+    r" {4,}(\$ |sudo |(igvmfw|make|pip|apt|apt-get|dnf|virsh|systemctl|install|rpm\w*|dpkg\S*) )"
 )
 
 

@@ -232,7 +232,7 @@ def test_commands_do_what_the_page_says(
         "LC_ALL": "C.UTF-8",
         "COLUMNS": "100",
     }
-    command = [SCRIPTS / "sandbox.sh", emulator.path, "bash", "-c", RUN_STEPS]
+    command: list[str | Path] = [SCRIPTS / "sandbox.sh", emulator.path, "bash", "-c", RUN_STEPS]
     subprocess.run(command, env=environment, timeout=300, check=True)
     for number, (block, commands, printed) in enumerate(expected):
         out = (steps / f"{number:02}.out").read_text()

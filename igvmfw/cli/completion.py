@@ -41,6 +41,7 @@ def complete() -> int:
     """
     try:
         import argcomplete
+        from argcomplete.completers import SuppressCompleter
     except ImportError:
         raise HostError(
             "completion needs argcomplete",
@@ -55,7 +56,7 @@ def complete() -> int:
     argcomplete.autocomplete(
         parser,
         always_complete_options=False,  # options are many: who wants one begins with a dash
-        default_completer=argcomplete.SuppressCompleter(),  # type: ignore[no-untyped-call]
+        default_completer=SuppressCompleter(),
     )
     return 1
 

@@ -25,7 +25,8 @@ READY = "READY> "
 EVERY = "\x14"  # Ctrl-T, bound to what inserts every candidate
 BASH = f"""\
 PS1='{READY}'; source $SCRIPTS/bash/igvmfw
-bind '"\\C-t": insert-completions'; bind 'set bell-style none'; bind 'set enable-bracketed-paste off'
+bind '"\\C-t": insert-completions'; bind 'set bell-style none'
+bind 'set enable-bracketed-paste off'
 """
 ZSH = f"""\
 PS1='{READY}'; unsetopt zle_bracketed_paste; unset zle_bracketed_paste; unsetopt beep
@@ -198,7 +199,7 @@ def test_domains_of_this_host(desk: Desk, shell: str) -> None:
     need_libvirt()
     (desk.folder / "node.xml").write_text(DOMAINS)
     uri = f"test://{desk.folder}/node.xml"
-    off = "it's $off \"1\""
+    off = 'it\'s $off "1"'
     assert desk.candidates(shell, f"igvmfw dumpxml -c {uri} ") == {"running", off}
     assert desk.candidates(shell, f"igvmfw start --connect {uri} ") == {off}
     assert desk.candidates(shell, f"igvmfw start --connect={uri} ") == {off}
@@ -248,9 +249,7 @@ def test_what_is_typed_arrives(desk: Desk, shell: str) -> None:
     "server",
     ["silent", "nobody"],
 )
-def test_a_daemon_that_does_not_answer_is_given_up(
-    desk: Desk, server: str, tmp_path: Path
-) -> None:
+def test_a_daemon_that_does_not_answer_is_given_up(desk: Desk, server: str, tmp_path: Path) -> None:
     need_libvirt()
     path = tmp_path / "sock"
     with socket.socket(socket.AF_UNIX) as listener:
