@@ -17,7 +17,7 @@ from igvmfw.cli import COMMANDS, main
 from igvmfw.cli.completion import ANY, domains
 from igvmfw.platforms import Platform
 from tests.igvm import samples
-from tests.parts import need, need_libvirt
+from tests.parts import measured, need, need_libvirt
 
 CHECKOUT = Path(__file__).parents[2]
 SHELLS = ("bash", "zsh", "fish")
@@ -66,7 +66,7 @@ class Desk:
             f"printf '%s\\0' \"$@\" >{record}.new && mv {record}.new {record}\n"
         )
         program.chmod(0o755)
-        self.environment = {
+        self.environment = measured() | {
             "PATH": f"{program.parent}:{os.environ['PATH']}",
             "PYTHONPATH": str(CHECKOUT),
             "HOME": str(folder),
@@ -171,6 +171,9 @@ def test_words_of_the_firmware_world(desk: Desk, shell: str) -> None:
         "amd-sev-snp",
     }
     assert "pc-q35-*" in desk.candidates(shell, "igvmfw install --machine pc-q35")
+    assert "uefi" in desk.candidates(shell, "igvmfw describe --interface u")
+    assert "10.2" in desk.candidates(shell, "igvmfw check --qemu 10")
+    assert desk.candidates(shell, "igvmfw inspect nowhere/") <= {"nowhere/"}
     assert "EPYC-Milan" in desk.candidates(shell, "igvmfw measure --cpu EPYC")
     assert "qemu:///system" in desk.candidates(shell, "igvmfw start -c q")
 
@@ -192,6 +195,7 @@ def test_descriptors_that_are_installed(desk: Desk, shell: str) -> None:
     line = "igvmfw uninstall --root root "
     assert desk.candidates(shell, line) == {"65-fw.json"}
     assert desk.candidates(shell, f"{line}f") == {"fw"}
+    assert desk.candidates(shell, f"{line}root/f") == {"root/fw.igvm"}
 
 
 @pytest.mark.parametrize("shell", SHELLS)

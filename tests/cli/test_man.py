@@ -47,7 +47,7 @@ def run(*command: str | Path, **environment: str) -> str:
         env=os.environ | {"LC_ALL": "C.UTF-8"} | environment,
         check=False,
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
     return done.stdout
 
 
