@@ -49,7 +49,7 @@ qemu: packages ## a QEMU that takes IGVM files: the distribution's, or one built
 
 # the parts that only tests need
 testbed: venv qemu ## everything the tests need, built into ~/.cache/igvmfw
-	@$(PACKAGES) rust roots
+	@$(PACKAGES) words rust roots
 	@PATH="$$($(TESTBED)/rust.sh):$$PATH" && \
 	    $(TESTBED)/peers.sh >/dev/null && $(TESTBED)/reference.sh >/dev/null
 	@for suite in $$($(TESTBED)/roots.sh --suites); do \

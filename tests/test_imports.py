@@ -21,7 +21,7 @@ JOINS = (
 ).split()
 ORDER = [*GROUND, *SIDES, *JOINS, "cli", "__main__"]
 PROGRAMS = ("cli", "__main__", "hook")  # libvirt starts the hook as a program of its own
-HEAVY = {"libvirt", "lxml", "jsonschema", "rich"}
+HEAVY = {"libvirt", "lxml", "jsonschema", "rich", "argcomplete"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 

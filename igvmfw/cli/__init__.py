@@ -93,6 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     loaded = [word for word in words if word in COMMANDS][:1]
     try:
+        if "_ARGCOMPLETE" in os.environ:  # set by the shells' completion scripts
+            completed: int = importlib.import_module("igvmfw.cli.completion").complete()
+            return completed
         args = build_parser(loaded).parse_args(words)
         code = load(args.command).run(args)
         sys.stdout.flush()

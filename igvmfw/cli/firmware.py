@@ -65,7 +65,7 @@ def _describe_options(parser: argparse.ArgumentParser) -> None:
     )
     for option, text in {
         "--interface": "what the firmware gives the guest: uefi, bios, … (default: from the file)",
-        "--feature": "a feature that the file cannot tell, such as secure-boot",
+        "--feature": "a feature that the file cannot tell, such as acpi-s3",
         "--machine": "machine types, such as 'pc-q35-10.*' (default: all that take IGVM files)",
     }.items():
         parser.add_argument(

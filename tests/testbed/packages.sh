@@ -2,6 +2,7 @@
 # Installs, through apt, what the test bed needs and this Debian or Ubuntu machine lacks.
 # Asks nothing, and calls apt only where something is missing.
 # usage: packages.sh SET...    of: run    to run igvmfw, its tests and the demonstration
+#                                  words  to test man pages and completion
 #                                  rust   to build the Rust programs that tests compare with
 #                                  build  to build QEMU (with rust)
 #                                  roots  to make a root with a newer libvirt
@@ -10,6 +11,7 @@ set -euo pipefail
 run="python3 python3-venv python3-dev gcc libc6-dev pkg-config libssl-dev libvirt-dev libvirt-clients
     libvirt-clients-qemu python3-cryptography python3-lxml libvirt-daemon libvirt-daemon-driver-qemu
     qemu-system-x86 ovmf seabios virtinst xz-utils librsvg2-bin fonts-dejavu-core"
+words="zsh fish man-db groff mandoc"
 build="build-essential ninja-build flex bison cbindgen ca-certificates xz-utils python3-venv
     libglib2.0-dev libslirp-dev libfdt-dev zlib1g-dev device-tree-compiler"
 roots="debootstrap"
@@ -87,6 +89,7 @@ need_user=""
 for set in "$@"; do
     case $set in
         run) wanted+=" $run"; need_user=1 ;;
+        words) wanted+=" $words" ;;
         rust) need_rust=1 ;;
         build) wanted+=" $build"; need_rust=1 ;;
         roots) wanted+=" $roots" ;;
