@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from igvmfw import __version__, files
 from igvmfw.errors import IgvmfwError, OutputError, RefusedError
+from igvmfw.machine import check_host
 from igvmfw.platforms import Platform
 
 if TYPE_CHECKING:  # the hook starts without them, and says so where they are missing
@@ -33,9 +34,6 @@ if TYPE_CHECKING:  # the hook starts without them, and says so where they are mi
 EXIT_INTERNAL = 70  # EX_SOFTWARE of sysexits.h
 _MAX_XML = 16 << 20  # bytes; what libvirt itself takes is smaller
 _MAX_ENTRIES = 512
-_WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
-# kvm_amd's switch for each platform (arch/x86/kvm/svm/sev.c)
-_PARAMETERS = {Platform.SEV: "sev", Platform.SEV_ES: "sev_es", Platform.SEV_SNP: "sev_snp"}
 
 Warn = Callable[[str], None]
 
@@ -78,41 +76,6 @@ def check_start(
         sha256 = hashlib.sha256(content).hexdigest()
         _check_change(domain, file, sha256, warn)
         _check_emulator(domain, image, platform, cache, where=file.path, sha256=sha256)
-
-
-def check_host(platform: Platform, root: Path = Path("/")) -> None:
-    """See that the host can launch guests of a platform.
-
-    Source: Linux, arch/x86/kvm/svm/sev.c (the parameters say whether KVM has the platform, also
-    where the processor or the BIOS is the reason) and drivers/crypto/ccp/sev-dev.c (/dev/sev).
-
-    Args:
-        platform: The guest's; only SEV, SEV-ES and SEV-SNP need anything.
-        root: The host's root directory.
-    Raises:
-        RefusedError: It cannot.
-    """
-    if platform not in _PARAMETERS:
-        return
-    parameter = root / "sys/module/kvm_amd/parameters" / _PARAMETERS[platform]
-    try:
-        value = parameter.read_text(encoding="ascii", errors="replace").strip()
-    except OSError:
-        value = ""  # another KVM, which has no such switch
-    if value.upper() in ("N", "0"):
-        raise RefusedError(
-            f"this host cannot launch {platform} guests: KVM has {_PARAMETERS[platform]}={value}",
-            where=str(parameter),
-            hint="turn it on in the BIOS and for kvm_amd, or start the guest on another host",
-        )
-    device = root / "dev/sev"
-    if not device.exists():
-        raise RefusedError(
-            f"this host cannot launch {platform} guests: the device is missing",
-            where=str(device),
-            hint="load the module ccp and turn SEV on in the BIOS, or start the guest on another "
-            "host",
-        )
 
 
 def _check_argument(domain: "Domain", file: "File") -> None:
@@ -173,10 +136,10 @@ def _judge(
     from igvmfw.check import check_image
     from igvmfw.findings import Guest, Severity
     from igvmfw.qemu.acceptance import RELEASES, acceptance_of
-    from igvmfw.qemu.emulator import probe
+    from igvmfw.qemu.emulator import may_run, probe
 
     release = RELEASES[-1]
-    if emulator is not None and _may_run(emulator):
+    if emulator is not None and may_run(emulator):
         found = probe(emulator)
         found.require_igvm()
         release = acceptance_of(found.version)
@@ -188,19 +151,6 @@ def _judge(
                 where=where if finding.header_index is None else f"{where}: {finding.where}",
                 hint=finding.remedy,
             )
-
-
-def _may_run(emulator: Path) -> bool:
-    """Whether to ask an emulator for its version.
-
-    The hook is root, libvirt runs an emulator as a user without rights: one that others than root
-    can write to must not be run here.
-    """
-    try:
-        info = emulator.stat()
-    except OSError:
-        return True  # asking it says what is wrong
-    return info.st_uid in (0, os.geteuid()) and not info.st_mode & _WRITABLE_BY_OTHERS
 
 
 def _identity(emulator: Path) -> tuple[int, ...] | None:

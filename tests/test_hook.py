@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from igvmfw.errors import DomainError, InputError, RefusedError
-from igvmfw.hook import Cache, check_host, check_start
+from igvmfw.hook import Cache, check_start
 from igvmfw.launch import Options, prepare
+from igvmfw.machine import check_host
 from igvmfw.platforms import Platform
 from igvmfw.virt.domain import Domain
 from igvmfw.virt.record import NAMESPACE, OnChange
