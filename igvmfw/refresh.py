@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -54,8 +54,9 @@ class _Plan:
     place: Place
     profile: Profile
     everything: bool
-    entries: dict[str, Entry]  # by IGVM file
-    names: set[str]  # file names in use in the place
+    progress: Callable[[int, int], None]
+    entries: dict[str, Entry] = field(default_factory=dict)  # by IGVM file
+    names: set[str] = field(default_factory=set)  # file names in use in the place
     actions: list[Action] = field(default_factory=list)
     problems: list[IgvmfwError] = field(default_factory=list)
 
@@ -72,6 +73,7 @@ def refresh(
     profile: Profile = Profile.IGVMFW,
     everything: bool = False,
     dry_run: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Refreshed:
     """Bring the descriptors of a directory in line with the IGVM files of others.
 
@@ -81,20 +83,22 @@ def refresh(
         profile: What the descriptors may hold.
         everything: Read every file, also one that looks unchanged.
         dry_run: Only say what would be done.
+        progress: Told how many files have been looked at, of how many.
     Raises:
         OutputError: The place cannot be written.
         InputError: A directory is not below the root.
     """
     found, problems = _find_files(place.root, directories)
+    plan = _Plan(place=place, profile=profile, everything=everything, progress=progress)
     if dry_run:
-        plan = _plan(place, found, directories, profile=profile, everything=everything)
+        _plan(plan, found, directories)
     else:
         others = _same_level(place)
         with contextlib.ExitStack() as stack:
             for other in others:
                 stack.enter_context(locked(other, create=False))
             stack.enter_context(locked(place, create=bool(found)))
-            plan = _plan(place, found, directories, profile=profile, everything=everything)
+            _plan(plan, found, directories)
             carry_out(place, plan.actions)
     return Refreshed(actions=tuple(plan.actions), problems=(*problems, *plan.problems))
 
@@ -163,25 +167,15 @@ def _is_link(root: Path, path: str) -> bool:
     return rooted.resolve(root, path) != root / path.lstrip("/")
 
 
-def _plan(
-    place: Place,
-    found: dict[str, os.stat_result],
-    directories: Sequence[Path],
-    *,
-    profile: Profile,
-    everything: bool,
-) -> _Plan:
+def _plan(plan: _Plan, found: dict[str, os.stat_result], directories: Sequence[Path]) -> None:
+    place = plan.place
     here = catalog.load([place.directory], place.root).entries
-    plan = _Plan(
-        place=place,
-        profile=profile,
-        everything=everything,
-        entries={e.descriptor.mapping.filename: e for e in here if e.descriptor is not None},
-        names={entry.name for entry in here},
-    )
+    plan.entries = {e.descriptor.mapping.filename: e for e in here if e.descriptor is not None}
+    plan.names = {entry.name for entry in here}
     elsewhere = catalog.load([p.directory for p in _same_level(place)], place.root).entries
     described = {e.descriptor.mapping.filename: e for e in elsewhere if e.descriptor is not None}
-    for path, info in found.items():
+    for done, (path, info) in enumerate(found.items()):
+        plan.progress(done, len(found))
         other = described.get(path)
         if other is not None and not _is_ours(other.descriptor):
             reason = f"describes {path}, and is not refresh's"
@@ -195,7 +189,6 @@ def _plan(
         if _is_ours(entry.descriptor):
             reason = f"belongs into {place.directory}"
             plan.actions.append(Action(kind=Kind.REMOVE, path=entry.path, reason=reason))
-    return plan
 
 
 def _is_ours(descriptor: Descriptor | None) -> bool:

@@ -1,12 +1,11 @@
 """Commands on IGVM files themselves: inspect, measure, wrap."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from igvmfw.cli import Command
-from igvmfw.cli.output import emit, emit_json, note, warn
+from igvmfw.cli.output import emit, emit_bytes, emit_json, note, warn
 from igvmfw.errors import IgvmError, IgvmfwError, UsageError
 from igvmfw.files import STDIN, mapped, write_atomic
 from igvmfw.igvm.image import IgvmFile
@@ -222,7 +221,7 @@ def _wrap(args: argparse.Namespace) -> int:
         except IgvmfwError as error:
             raise error if isinstance(error, UsageError) else error.within(args.firmware) from None
     if args.output == STDIN:
-        sys.stdout.buffer.write(result)
+        emit_bytes(result)
     else:
         write_atomic(Path(args.output), result)
         note(f"wrote {args.output}: {len(result)} bytes for {', '.join(platforms)}")

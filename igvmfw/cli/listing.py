@@ -10,6 +10,7 @@ from igvmfw import files, rooted
 from igvmfw.cli import Command
 from igvmfw.cli.firmware import root_option
 from igvmfw.cli.output import emit, emit_json, warn
+from igvmfw.cli.progress import progress
 from igvmfw.errors import DomainError, IgvmfwError, NegativeError, UsageError
 from igvmfw.install import FIRST_TOLERANT_LIBVIRT, find_libvirt
 from igvmfw.inventory import Row, take
@@ -80,7 +81,7 @@ def _list(args: argparse.Namespace) -> int:
         return _list_for_domain(args)
     found = load(search_path(args.root, user=args.user), args.root)
     _warn(found, args)
-    rows = take(found, args.root)
+    rows = _take(found, args)
     shown = [row for row in rows if _is_shown(row, args)]
     if args.json:
         emit_json(_document(shown, found))
@@ -92,6 +93,11 @@ def _list(args: argparse.Namespace) -> int:
     else:
         warn("no IGVM firmware found; 'igvmfw install FILE' adds some")
     return 0 if shown else 1
+
+
+def _take(found: Catalog, args: argparse.Namespace) -> tuple[Row, ...]:
+    with progress("reading", "descriptors' files") as shown:
+        return take(found, args.root, progress=shown)
 
 
 def _warn(found: Catalog, args: argparse.Namespace) -> None:
@@ -198,7 +204,7 @@ def _list_for_domain(args: argparse.Namespace) -> int:
     problem = _file_problem(judgement.candidate, request, domain, args)
     shown = [
         (row, verdict)
-        for row, verdict in zip(take(found, args.root), judgement.verdicts, strict=True)
+        for row, verdict in zip(_take(found, args), judgement.verdicts, strict=True)
         if args.all or row.entry.state in (State.AVAILABLE, State.BROKEN)
     ]
     if args.json:

@@ -9,7 +9,6 @@ import contextlib
 import os
 import re
 import select
-import shutil
 import signal
 import stat
 import subprocess
@@ -17,6 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from igvmfw import rooted
 from igvmfw.errors import EmulatorError
 
 FIRST_IGVM = (10, 1, 0)
@@ -65,16 +65,23 @@ class Emulator:
         raise EmulatorError(why, where=str(self.path), hint=_REMEDY)
 
 
-def find(architecture: str = "x86_64") -> tuple[Path, ...]:
-    """The emulators of this host: those in PATH, then where distributions hide one.
+def find(architecture: str = "x86_64", root: Path = rooted.HOST) -> tuple[Path, ...]:
+    """The emulators of a host: those in PATH, then where distributions hide one.
 
     Args:
         architecture: The emulation target, as in `qemu-system-ARCHITECTURE`.
+        root: The host's root directory; in another one PATH is the system's usual one.
     """
     name = f"qemu-system-{architecture}"
-    in_path = (shutil.which(name, path=d) for d in os.get_exec_path())
-    elsewhere = (p for p in _ELSEWHERE if architecture == "x86_64" and os.access(p, os.X_OK))
-    return tuple(Path(p) for p in dict.fromkeys([*filter(None, in_path), *elsewhere]))
+    directories = os.get_exec_path() if root == rooted.HOST else os.defpath.split(":")
+    candidates = [os.path.join(directory, name) for directory in directories]
+    candidates += _ELSEWHERE if architecture == "x86_64" else ()
+    paths = (path if root == rooted.HOST else rooted.resolve(root, path) for path in candidates)
+    return tuple(Path(p) for p in dict.fromkeys(map(str, paths)) if _is_program(p))
+
+
+def _is_program(path: str) -> bool:
+    return os.path.isfile(path) and os.access(path, os.X_OK)
 
 
 def probe(path: Path, *, seconds: float = TIMEOUT) -> Emulator:
@@ -86,7 +93,7 @@ def probe(path: Path, *, seconds: float = TIMEOUT) -> Emulator:
     Raises:
         EmulatorError: It cannot be run, does not answer in time, or is not QEMU.
     """
-    answer = _run(path, "--version", seconds=seconds)
+    answer = run_bounded(path, "--version", seconds=seconds)
     found = _VERSION.search(answer.stdout)
     if answer.returncode != 0 or found is None:
         raise EmulatorError(
@@ -94,7 +101,7 @@ def probe(path: Path, *, seconds: float = TIMEOUT) -> Emulator:
             where=str(path),
             hint="name a qemu-system-x86_64",
         )
-    help_ = _run(path, "-object", "igvm-cfg,help", seconds=seconds)
+    help_ = run_bounded(path, "-object", "igvm-cfg,help", seconds=seconds)
     igvm = help_.returncode == 0 and "file=" in help_.stdout
     major, minor, micro = (int(part or 0) for part in found.groups())
     return Emulator(path=path, version=(major, minor, micro), igvm=igvm)
@@ -112,7 +119,20 @@ def may_run(path: Path) -> bool:
     return info.st_uid in (0, os.geteuid()) and not info.st_mode & _WRITABLE_BY_OTHERS
 
 
-def _run(path: Path, *arguments: str, seconds: float) -> subprocess.CompletedProcess[str]:
+def run_bounded(
+    path: Path, *arguments: str, seconds: float
+) -> subprocess.CompletedProcess[str]:
+    """Run a program that is not trusted to end, or to say little.
+
+    Args:
+        path: The program.
+        arguments: Its arguments.
+        seconds: How long it may take; then it is ended, with all it started.
+    Returns:
+        Its exit status, and what it said on either output, up to 64 KiB.
+    Raises:
+        EmulatorError: It cannot be run, or takes longer.
+    """
     environment = {"LC_ALL": "C", "PATH": os.environ.get("PATH", os.defpath)}
     try:
         process = subprocess.Popen(

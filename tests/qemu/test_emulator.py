@@ -21,7 +21,7 @@ def test_the_distributions_emulator_answers() -> None:
     need(found is not None, "qemu-system-x86_64 in PATH")
     probed = emulator.probe(Path(str(found)))
     assert probed.version >= (7, 0, 0)
-    assert probed.version_text in emulator._run(probed.path, "--version", seconds=10).stdout
+    assert probed.version_text in emulator.run_bounded(probed.path, "--version", seconds=10).stdout
 
 
 def test_an_emulator_with_igvm(igvm_qemu: Path) -> None:
@@ -130,4 +130,4 @@ def test_the_environment_does_not_leak(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("LD_PRELOAD", "/nowhere.so")
     monkeypatch.setenv("LC_ALL", "tr_TR.UTF-8")
     path = script(tmp_path / "qemu", 'echo "QEMU emulator version 9.0.0 $LD_PRELOAD $LC_ALL"')
-    assert emulator._run(path, seconds=10).stdout.split()[-1] == "C"
+    assert emulator.run_bounded(path, seconds=10).stdout.split()[-1] == "C"
