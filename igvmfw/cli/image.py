@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from igvmfw.cli import Command
-from igvmfw.cli.output import emit, emit_bytes, emit_json, note, warn
+from igvmfw.cli.output import emit, emit_bytes, emit_folded, emit_json, note, warn
+from igvmfw.cli.progress import progress
 from igvmfw.errors import IgvmError, IgvmfwError, UsageError
 from igvmfw.files import STDIN, mapped, write_atomic
 from igvmfw.igvm.image import IgvmFile
@@ -35,26 +36,27 @@ def _inspect(args: argparse.Namespace) -> int:
 
     documents = []
     code = 0
-    for name in args.files:
-        try:
-            with mapped(name) as data:
-                image = IgvmFile.parse(data, lenient=args.lenient)
-                payload = _payload(image)
-                if args.json:
-                    documents.append(inspection(image, name, payload, pages=args.pages))
-                else:
-                    emit(inspection_text(image, name, payload))
-                    if args.pages:
-                        for line in page_runs(image):
-                            emit(line)
-                if image.problems:
-                    code = 3
-        except IgvmfwError as error:
-            failed = error if error.where and error.where.startswith(name) else error.within(name)
-            if len(args.files) == 1:
-                raise failed from None
-            warn(str(failed))  # one bad file hides none of the others
-            code = max(code, failed.exit_code)
+    with progress("inspecting", "files", prints=not args.json) as shown:
+        for name in shown.over(args.files):
+            try:
+                with mapped(name) as data:
+                    image = IgvmFile.parse(data, lenient=args.lenient)
+                    payload = _payload(image)
+                    if args.json:
+                        documents.append(inspection(image, name, payload, pages=args.pages))
+                    else:
+                        emit_folded(inspection_text(image, name, payload))
+                        for line in page_runs(image) if args.pages else ():
+                            emit_folded(line)
+                    if image.problems:
+                        code = 3
+            except IgvmfwError as error:
+                known = error.where and error.where.startswith(name)
+                failed = error if known else error.within(name)
+                if len(args.files) == 1:
+                    raise failed from None
+                warn(str(failed))  # one bad file hides none of the others
+                code = max(code, failed.exit_code)
     if args.json:
         emit_json(documents if len(args.files) > 1 else documents[0])
     return code
@@ -109,7 +111,7 @@ def _measure(args: argparse.Namespace) -> int:
     from igvmfw.qemu.cpus import signature
 
     cpu = signature(args.cpu) if args.cpu else None
-    with mapped(args.file) as data:
+    with progress("measuring", args.file), mapped(args.file) as data:
         try:
             image = IgvmFile.parse(data)
             platform = args.platform or _only_platform(image)
@@ -209,7 +211,7 @@ def _wrap(args: argparse.Namespace) -> int:
     policies = dict(_policy(text, platforms) for text in args.policy)
     if args.firmware == STDIN and args.vars == STDIN:
         raise UsageError("firmware and variable store cannot both be standard input")
-    with mapped(args.firmware) as firmware:
+    with progress("wrapping", args.firmware), mapped(args.firmware) as firmware:
         variables = b""
         if args.vars:
             with mapped(args.vars) as view:

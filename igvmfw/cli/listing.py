@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from igvmfw import files, rooted
 from igvmfw.cli import Command
 from igvmfw.cli.firmware import root_option
-from igvmfw.cli.output import emit, emit_json, warn
+from igvmfw.cli.output import emit, emit_folded, emit_json, warn, width
 from igvmfw.cli.progress import progress
 from igvmfw.errors import DomainError, IgvmfwError, NegativeError, UsageError
 from igvmfw.install import FIRST_TOLERANT_LIBVIRT, find_libvirt
@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # lxml is for --for alone
     from igvmfw.virt.domain import Domain, Request
 
 _HEADINGS = ("NAME", "PLATFORMS", "FEATURES", "PAYLOAD", "FILE", "STATE")
+_LISTS = ("platforms", "features")
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -148,8 +149,19 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as their widest cell, for people and for grep."""
+    """Columns as wide as their widest cell; where a terminal is narrower, one cell a line."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    columns = width()
+    if columns is not None and sum(widths) + 2 * (len(widths) - 1) > columns:
+        headings, *rows = rows
+        labels = [heading.lower() for heading in headings]
+        indent = max(map(len, labels)) + 4
+        for name, *cells in rows:
+            emit_folded(name)
+            for label, cell in zip(labels[1:], cells, strict=True):
+                spaced = cell.replace(",", ", ") if label in _LISTS else cell
+                emit_folded(f"  {label:{indent - 2}}{spaced}")
+        return
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         emit("  ".join(cells).rstrip())
@@ -214,9 +226,9 @@ def _list_for_domain(args: argparse.Namespace) -> int:
         emit_json(document | {"file": _path(judgement.candidate), "file_problem": problem})
     else:
         for _, verdict in shown:
-            emit(_verdict_line(verdict))
+            emit_folded(_verdict_line(verdict))
         if judgement.candidate is not None and request.path is not None:
-            emit(f"* {request.path}: named by the domain")
+            emit_folded(f"* {request.path}: named by the domain")
     if problem is not None:
         warn(problem)
     return 1 if judgement.candidate is None or problem is not None else 0

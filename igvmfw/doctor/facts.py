@@ -6,7 +6,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from igvmfw.inventory import Row
-from igvmfw.machine import Machine, Text
+from igvmfw.machine import Machine
 from igvmfw.qemu.catalog import Catalog
 from igvmfw.qemu.emulator import Emulator
 from igvmfw.virt.host import Capabilities
@@ -147,7 +147,7 @@ class Facts:
         account: The user that QEMU runs as; None where it does not exist.
         account_name: The name of that user.
         settings: What /etc/libvirt/qemu.conf sets, by name.
-        settings_problem: Why it could not be read.
+        settings_problem: Why that could not be read; None where it could, or is not there.
         emulators: In the order found.
         catalog: The descriptors.
         rows: The same with their files.
@@ -167,7 +167,7 @@ class Facts:
     account: Account | None
     account_name: str
     settings: Mapping[str, str]
-    settings_problem: Text = Text()
+    settings_problem: str | None
     emulators: tuple[Found, ...]
     catalog: Catalog
     rows: tuple[Row, ...]

@@ -125,9 +125,9 @@ def _unquoted(text: str) -> str:
     return text
 
 
-def _settings(root: Path) -> tuple[dict[str, str], Text]:
+def _settings(root: Path) -> tuple[dict[str, str], str | None]:
     found = _text(root, _QEMU_CONF)
-    return dict(_SETTING.findall(found.text or "")), found
+    return dict(_SETTING.findall(found.text or "")), found.problem
 
 
 def _user(uri: str, settings: Mapping[str, str], manager: Manager) -> str:

@@ -225,9 +225,9 @@ def _sev_device(facts: Facts) -> Line:
         return _line("dev-sev", Status.OK, found, platforms=PROTECTED)
     # src/security/security_dac.c: libvirt gives it to the guest's user where the guest has a /dev
     # of its own, and leaves the host's alone
-    if facts.settings_problem.problem is not None:
-        found += f"; whether libvirt gives it to guests cannot be seen (/etc/libvirt/qemu.conf: "
-        found += f"{facts.settings_problem.problem})"
+    if facts.settings_problem is not None:
+        found += "; whether libvirt gives it to guests cannot be seen (/etc/libvirt/qemu.conf: "
+        found += f"{facts.settings_problem})"
         return _line("dev-sev", Status.UNKNOWN, found, platforms=PROTECTED)
     if "namespaces" not in facts.settings or "mount" in facts.settings["namespaces"]:
         found += ", and libvirt gives each guest one of its own that it can"
