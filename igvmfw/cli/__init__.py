@@ -64,6 +64,9 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, hint=f"see '{self.prog} --help'")
 
+    def _print_message(self, message: str, file: object = None) -> None:
+        output.emit(message.rstrip("\n"))  # argparse would not mind a full disk
+
 
 def build_parser(loaded: Collection[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
     """The argument parser; only the commands in `loaded` get their arguments."""

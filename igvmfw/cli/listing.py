@@ -153,12 +153,11 @@ def _print_table(rows: Sequence[Sequence[str]]) -> None:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     columns = width()
     if columns is not None and sum(widths) + 2 * (len(widths) - 1) > columns:
-        headings, *rows = rows
-        labels = [heading.lower() for heading in headings]
+        labels = [heading.lower() for heading in rows[0]]
         indent = max(map(len, labels)) + 4
-        for name, *cells in rows:
+        for name, *fields in rows[1:]:
             emit_folded(name)
-            for label, cell in zip(labels[1:], cells, strict=True):
+            for label, cell in zip(labels[1:], fields, strict=True):
                 spaced = cell.replace(",", ", ") if label in _LISTS else cell
                 emit_folded(f"  {label:{indent - 2}}{spaced}")
         return

@@ -1,12 +1,9 @@
 """What commands print: data on stdout, messages on stderr."""
 
 import contextlib
-import json
 import os
 import re
-import shutil
 import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
@@ -97,6 +94,8 @@ def emit_folded(text: str) -> None:
 
 def emit_json(document: Any) -> None:
     """The one JSON document of a `--json` run, on stdout."""
+    import json
+
     with _writing():
         json.dump(document, sys.stdout, indent=2)
         sys.stdout.write("\n")
@@ -161,6 +160,8 @@ def width() -> int | None:
     """The columns of the terminal that stdout is; None where it is none."""
     if not sys.stdout.isatty():
         return None
+    import shutil
+
     return max(1, shutil.get_terminal_size().columns)
 
 
@@ -198,6 +199,8 @@ def fold(line: str, columns: int, *, indent: int | None = None) -> str:
         indent = label.end() if label is not None else 0
     if columns - indent < _MIN_TEXT:
         indent = 2 if columns > _MIN_TEXT else 0
+    import textwrap
+
     lines = textwrap.wrap(
         line,
         columns,

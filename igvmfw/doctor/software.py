@@ -140,9 +140,7 @@ def emulator_lines(facts: Facts) -> Iterator[Line]:
         yield _emulator(found, other)
 
     def line(status: Status, found: str, remedy: str | None = None) -> Line:
-        return Line(
-            topic=Topic.EMULATOR, name="igvm", status=status, found=found, remedy=remedy
-        )
+        return Line(topic=Topic.EMULATOR, name="igvm", status=status, found=found, remedy=remedy)
 
     default = facts.libvirt.capabilities and facts.libvirt.capabilities.emulator
     if able:
@@ -312,9 +310,7 @@ def confinement_lines(facts: Facts) -> Iterator[Line]:
     """What is judged of AppArmor and SELinux, which know nothing of a file named to QEMU alone."""
 
     def line(name: str, status: Status, found: str, remedy: str | None = None) -> Line:
-        return Line(
-            topic=Topic.CONFINEMENT, name=name, status=status, found=found, remedy=remedy
-        )
+        return Line(topic=Topic.CONFINEMENT, name=name, status=status, found=found, remedy=remedy)
 
     confinement = facts.confinement
     driver = facts.settings.get("security_driver", "")
@@ -343,9 +339,7 @@ def confinement_lines(facts: Facts) -> Iterator[Line]:
 
 def _selinux(facts: Facts, files: list[str]) -> Iterator[Line]:
     closed = {
-        file: kind
-        for file, kind in facts.confinement.types.items()
-        if kind not in _READABLE_TYPES
+        file: kind for file, kind in facts.confinement.types.items() if kind not in _READABLE_TYPES
     }
     for file, kind in closed.items():
         yield Line(

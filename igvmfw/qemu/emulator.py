@@ -119,9 +119,7 @@ def may_run(path: Path) -> bool:
     return info.st_uid in (0, os.geteuid()) and not info.st_mode & _WRITABLE_BY_OTHERS
 
 
-def run_bounded(
-    path: Path, *arguments: str, seconds: float
-) -> subprocess.CompletedProcess[str]:
+def run_bounded(path: Path, *arguments: str, seconds: float) -> subprocess.CompletedProcess[str]:
     """Run a program that is not trusted to end, or to say little.
 
     Args:
