@@ -8,6 +8,7 @@ import contextlib
 import os
 import re
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -108,6 +109,9 @@ def daemons(root: Path) -> Iterator[Daemon]:
 
 
 def _boot_time(root: Path) -> float:
+    """When the host was booted, in seconds since the epoch."""
+    if root == rooted.HOST:
+        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)  # btime has whole seconds
     with contextlib.suppress(OSError, ValueError, IndexError):
         for line in (root / "proc/stat").read_text(errors="replace").splitlines():
             if line.startswith("btime "):

@@ -12,6 +12,7 @@ from igvmfw.inventory import FileState, Row
 from igvmfw.platforms import Platform
 from igvmfw.qemu.catalog import QEMU_DIRECTORY, State
 
+_START_UP = 0.1  # seconds that a daemon takes at least until it looks for hooks
 _NOT_HERE = "not asked, as it belongs to another root"
 # what the policy lets svirt_t read: files_read_usr_files and virt_content_t (container-selinux'
 # and selinux-policy's virt.te)
@@ -276,7 +277,7 @@ def _active(facts: Facts) -> Line:
     hook = facts.hook
     assert hook is not None
     since = min(hook.changed, hook.others or hook.changed)
-    late = [daemon for daemon in facts.daemons if daemon.started < since]
+    late = [daemon for daemon in facts.daemons if daemon.started + _START_UP < since]
 
     def line(status: Status, found: str, remedy: str | None = None) -> Line:
         return Line(

@@ -97,7 +97,7 @@ def test_a_libvirt_that_stumbles(root: Path, version: tuple[int, int, int], stat
         (
             Libvirt(uri="U", version=(9, 0, 0), failure="no answer within 20 seconds"),
             WRONG,
-            "start",
+            "systemctl enable --now libvirtd.socket",
         ),
         (Libvirt(uri="U", version=(9, 0, 0), failure="no", denied=True), UNKNOWN, "as root"),
         (Libvirt(uri="U", version=(9, 0, 0), failure="bad user", remedy="do"), WRONG, "do"),
