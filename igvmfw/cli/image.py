@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from igvmfw.cli import Command
 from igvmfw.cli.output import emit, emit_bytes, emit_folded, emit_json, note, warn
 from igvmfw.cli.progress import progress
-from igvmfw.errors import IgvmError, IgvmfwError, UsageError
+from igvmfw.errors import IgvmError, IgvmfwError, OutputError, UsageError
 from igvmfw.files import STDIN, mapped, write_atomic
 from igvmfw.igvm.image import IgvmFile
 from igvmfw.platforms import Platform
@@ -50,6 +50,8 @@ def _inspect(args: argparse.Namespace) -> int:
                             emit_folded(line)
                     if image.problems:
                         code = 3
+            except OutputError:
+                raise
             except IgvmfwError as error:
                 known = error.where and error.where.startswith(name)
                 failed = error if known else error.within(name)
