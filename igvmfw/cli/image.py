@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from igvmfw.cli import Command
-from igvmfw.cli.output import emit, emit_bytes, emit_folded, emit_json, note, warn
+from igvmfw.cli.output import emit, emit_bytes, emit_folded, emit_json, emit_map, note, warn
 from igvmfw.cli.progress import progress
 from igvmfw.errors import IgvmError, IgvmfwError, OutputError, UsageError
 from igvmfw.files import STDIN, mapped, write_atomic
@@ -29,11 +29,24 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="show a file that breaks the format's rules as far as it can be read",
     )
+    parser.add_argument(
+        "--map",
+        metavar="OUT",
+        help="also draw the guest's memory as the file lays it out: into OUT.svg, or with - as "
+        "text behind what is printed",
+    )
+    parser.add_argument(
+        "--theme",
+        choices=("auto", "light", "dark"),
+        default="auto",
+        help="the colours of OUT.svg (default auto: as the reader's screen is set)",
+    )
 
 
 def _inspect(args: argparse.Namespace) -> int:
     from igvmfw.report import inspection, inspection_text, page_runs
 
+    _check_map(args)
     documents = []
     code = 0
     with progress("inspecting", "files", prints=not args.json) as shown:
@@ -48,6 +61,8 @@ def _inspect(args: argparse.Namespace) -> int:
                         emit_folded(inspection_text(image, name, payload))
                         for line in page_runs(image) if args.pages else ():
                             emit_folded(line)
+                    if args.map is not None:
+                        _map(args, image, name, payload)
                     if image.problems:
                         code = 3
             except OutputError:
@@ -62,6 +77,38 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.json:
         emit_json(documents if len(args.files) > 1 else documents[0])
     return code
+
+
+def _check_map(args: argparse.Namespace) -> None:
+    """Refuse what --map cannot mean, above all a name that may be that of an IGVM file."""
+    if args.map is None:
+        return
+    if args.map == STDIN:
+        if args.json:
+            raise UsageError(
+                "--map - prints text, --json one document",
+                hint="leave one out: the document has the regions too, below summaries",
+            )
+    elif not args.map.endswith(".svg"):
+        raise UsageError(
+            f"--map {args.map}: the picture's name must end in .svg",
+            hint="--map OUT.svg FILE, or --map - FILE for text",
+        )
+    elif len(args.files) > 1:
+        raise UsageError("--map draws one file into one picture", hint="name one FILE, or --map -")
+
+
+def _map(args: argparse.Namespace, image: IgvmFile, name: str, payload: "Payload") -> None:
+    from igvmfw.memorymap import map_memory
+
+    title = "standard input" if name == STDIN else Path(name).name
+    memory = map_memory(image, title, payload)
+    if args.map == STDIN:
+        emit_map(memory)
+        return
+    from igvmfw.drawing import Theme, draw
+
+    write_atomic(Path(args.map), draw(memory, theme=Theme(args.theme)))
 
 
 def _payload(image: IgvmFile) -> "Payload":

@@ -5,7 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from igvmfw.errors import OutputError
 
@@ -76,6 +76,12 @@ def _writing() -> Iterator[None]:
         ) from None
 
 
+if TYPE_CHECKING:
+    from igvmfw.memorymap import MemoryMap
+
+WIDTH_WITHOUT_TERMINAL = 100  # characters, in a pipe or a file
+
+
 def emit(text: str) -> None:
     """One piece of the result, on stdout."""
     with _writing():
@@ -131,6 +137,25 @@ def _silence(stream: TextIO) -> None:
         sink = os.open(os.devnull, os.O_WRONLY)
         os.dup2(sink, stream.fileno())
         os.close(sink)
+
+
+def emit_map(memory: "MemoryMap") -> None:
+    """A memory map, on stdout: in colours on a terminal that takes them."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from igvmfw.textmap import map_lines
+
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    known = console.is_terminal or "COLUMNS" in os.environ
+    columns = console.width if known else WIDTH_WITHOUT_TERMINAL
+    unicode = "utf" in (sys.stdout.encoding or "").lower()
+    # captured: rich itself would end the program where the reader of a pipe goes away
+    with console.capture() as captured:
+        for line in map_lines(memory, width=columns, ascii_only=not unicode):
+            console.print(Text.assemble(*line))
+    with _writing():
+        sys.stdout.write(captured.get())
 
 
 def warn(message: str) -> None:

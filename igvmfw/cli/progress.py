@@ -10,13 +10,9 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from types import FrameType
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, TypeVar
 
 from igvmfw.cli import output
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.progress import Progress as Bar
 
 _Item = TypeVar("_Item")
 _DELAY = 0.5  # seconds until a bar appears
@@ -35,7 +31,7 @@ class Progress:
         self._done = 0
         self._total: int | None = None
         self._over = threading.Event()
-        self._bar: Bar | None = None
+        self._bar: Any = None  # rich's, while it is drawn
 
     def __call__(self, done: int, total: int) -> None:
         """Say how much is done, of how much."""
@@ -89,7 +85,7 @@ class Progress:
             self._over.wait()
 
     @contextlib.contextmanager
-    def _drawn(self, console: "Console") -> Iterator[None]:
+    def _drawn(self, console: Any) -> Iterator[None]:
         from rich import progress
         from rich.table import Column
 
