@@ -17,17 +17,15 @@ from igvmfw.check import check_image
 from igvmfw.errors import IgvmfwError, OutputError, RefusedError
 from igvmfw.findings import Guest, Severity
 from igvmfw.igvm.image import IgvmFile
+from igvmfw.machine import check_host
 from igvmfw.platforms import Platform
 from igvmfw.qemu.acceptance import RELEASES, acceptance_of
-from igvmfw.qemu.emulator import probe
+from igvmfw.qemu.emulator import may_run, probe
 from igvmfw.rewrite import object_argument
 from igvmfw.virt.domain import Domain
 from igvmfw.virt.record import File, OnChange, Record
 
 _MAX_ENTRIES = 512
-_WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
-# kvm_amd's switch for each platform (arch/x86/kvm/svm/sev.c)
-_PARAMETERS = {Platform.SEV: "sev", Platform.SEV_ES: "sev_es", Platform.SEV_SNP: "sev_snp"}
 
 Warn = Callable[[str], None]
 
@@ -136,41 +134,6 @@ def check_start(
         judged.check(cache)
 
 
-def check_host(platform: Platform, root: Path = Path("/")) -> None:
-    """See that the host can launch guests of a platform.
-
-    Source: Linux, arch/x86/kvm/svm/sev.c (the parameters say whether KVM has the platform, also
-    where the processor or the BIOS is the reason) and drivers/crypto/ccp/sev-dev.c (/dev/sev).
-
-    Args:
-        platform: The guest's; only SEV, SEV-ES and SEV-SNP need anything.
-        root: The host's root directory.
-    Raises:
-        RefusedError: It cannot.
-    """
-    if platform not in _PARAMETERS:
-        return
-    parameter = root / "sys/module/kvm_amd/parameters" / _PARAMETERS[platform]
-    try:
-        value = parameter.read_text(encoding="ascii", errors="replace").strip()
-    except OSError:
-        value = ""  # another KVM, which has no such switch
-    if value.upper() in ("N", "0"):
-        raise RefusedError(
-            f"this host cannot launch {platform} guests: KVM has {_PARAMETERS[platform]}={value}",
-            where=str(parameter),
-            hint="turn it on in the BIOS and for kvm_amd, or start the guest on another host",
-        )
-    device = root / "dev/sev"
-    if not device.exists():
-        raise RefusedError(
-            f"this host cannot launch {platform} guests: the device is missing",
-            where=str(device),
-            hint="load the module ccp and turn SEV on in the BIOS, or start the guest on another "
-            "host",
-        )
-
-
 def _check_argument(domain: Domain, file: File) -> None:
     """What is checked below has to be what QEMU gets."""
     if object_argument(file.path) not in domain.arguments:
@@ -226,7 +189,7 @@ class _Judged:
 
     def _judge(self) -> None:
         release = RELEASES[-1]
-        if self.emulator is not None and _may_run(self.emulator):
+        if self.emulator is not None and may_run(self.emulator):
             found = probe(self.emulator)
             found.require_igvm()
             release = acceptance_of(found.version)
@@ -239,19 +202,6 @@ class _Judged:
                     where=f"{self.path}{at}",
                     hint=finding.remedy,
                 )
-
-
-def _may_run(emulator: Path) -> bool:
-    """Whether to ask an emulator for its version.
-
-    libvirt runs an emulator as a user without rights.  One that others can write to must not be run
-    here, by root above all.
-    """
-    try:
-        info = emulator.stat()
-    except OSError:
-        return True  # asking it says what is wrong
-    return info.st_uid in (0, os.geteuid()) and not info.st_mode & _WRITABLE_BY_OTHERS
 
 
 def _identity(emulator: Path) -> tuple[int, ...] | None:

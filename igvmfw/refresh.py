@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeGuard
@@ -56,8 +56,10 @@ class _Plan:
     place: Place
     profile: Profile
     everything: bool
-    ours: dict[str, Entry]  # by IGVM file: what an earlier refresh wrote, and nobody edited
-    names: set[str]  # file names in use in the place
+    progress: Callable[[int, int], None]
+    # by IGVM file: what an earlier refresh wrote, and nobody edited
+    ours: dict[str, Entry] = field(default_factory=dict)
+    names: set[str] = field(default_factory=set)  # file names in use in the place
     actions: list[Action] = field(default_factory=list)
     problems: list[IgvmfwError] = field(default_factory=list)
 
@@ -74,6 +76,7 @@ def refresh(
     profile: Profile = Profile.IGVMFW,
     everything: bool = False,
     dry_run: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Refreshed:
     """Bring the descriptors of a directory in line with the IGVM files of others.
 
@@ -83,20 +86,22 @@ def refresh(
         profile: What the descriptors may hold.
         everything: Read every file, also one that looks unchanged.
         dry_run: Only say what would be done.
+        progress: Told how many files have been looked at, of how many.
     Raises:
         OutputError: The place cannot be written.
         InputError: A directory is not below the root.
     """
     found, problems = _find_files(place.root, directories)
+    plan = _Plan(place=place, profile=profile, everything=everything, progress=progress)
     if dry_run:
-        plan = _plan(place, found, directories, profile=profile, everything=everything)
+        _plan(plan, found, directories)
     else:
         others = _same_level(place)
         with contextlib.ExitStack() as stack:
             for other in others:
                 stack.enter_context(locked(other, create=False))
             stack.enter_context(locked(place, create=bool(found)))
-            plan = _plan(place, found, directories, profile=profile, everything=everything)
+            _plan(plan, found, directories)
             carry_out(place, plan.actions)
     return Refreshed(actions=tuple(plan.actions), problems=(*problems, *plan.problems))
 
@@ -189,29 +194,19 @@ def _is_link(root: Path, path: str) -> bool:
     return rooted.resolve(root, path) != root / path.lstrip("/")
 
 
-def _plan(
-    place: Place,
-    found: dict[str, os.stat_result],
-    directories: Sequence[Path],
-    *,
-    profile: Profile,
-    everything: bool,
-) -> _Plan:
+def _plan(plan: _Plan, found: dict[str, os.stat_result], directories: Sequence[Path]) -> None:
+    place = plan.place
     here = catalog.load([place.directory], place.root).entries
     elsewhere = catalog.load([p.directory for p in _same_level(place)], place.root).entries
-    plan = _Plan(
-        place=place,
-        profile=profile,
-        everything=everything,
-        ours={e.descriptor.mapping.filename: e for e in here if _is_ours(e.descriptor)},
-        names={entry.name for entry in here},
-    )
+    plan.ours = {e.descriptor.mapping.filename: e for e in here if _is_ours(e.descriptor)}
+    plan.names = {entry.name for entry in here}
     others = {
         entry.descriptor.mapping.filename: (entry, entry.descriptor)
         for entry in (*elsewhere, *here)
         if entry.descriptor is not None and not _is_ours(entry.descriptor)
     }
-    for path, info in found.items():
+    for done, (path, info) in enumerate(found.items()):
+        plan.progress(done, len(found))
         if path in others:
             _plan_others(plan, path, *others[path])
         else:
@@ -223,7 +218,6 @@ def _plan(
         if _is_ours(entry.descriptor):
             reason = f"belongs into {place.directory}"
             plan.actions.append(Action(kind=Kind.REMOVE, path=entry.path, reason=reason))
-    return plan
 
 
 def _is_ours(descriptor: Descriptor | None) -> TypeGuard[Descriptor]:

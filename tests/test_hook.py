@@ -12,8 +12,9 @@ import pytest
 
 from igvmfw.errors import DomainError, InputError, RefusedError
 from igvmfw.launch import Options, prepare
+from igvmfw.machine import check_host
 from igvmfw.platforms import Platform
-from igvmfw.preflight import Cache, check_host, check_start
+from igvmfw.preflight import Cache, check_start
 from igvmfw.virt.domain import Domain
 from igvmfw.virt.record import NAMESPACE, OnChange
 from tests.igvm import samples

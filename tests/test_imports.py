@@ -13,11 +13,12 @@ from tests.igvm import samples
 
 PACKAGE = Path(__file__).parents[1] / "igvmfw"
 # Each module imports from those before it alone. A new module gets its place here.
-GROUND = "errors platforms files resources rooted".split()
+GROUND = "errors platforms files resources rooted machine".split()
 SIDES = "igvm qemu virt".split()  # know nothing of each other
 JOINS = (
     "findings describe presets provenance check_context check inventory install refresh "
-    "select verdict rewrite preflight state launch hook verify report memorymap drawing textmap"
+    "select verdict rewrite preflight state launch hook verify report memorymap drawing textmap "
+    "doctor"
 ).split()
 ORDER = [*GROUND, *SIDES, *JOINS, "cli", "__main__"]
 PROGRAMS = ("cli", "__main__", "hook")  # libvirt starts the hook as a program of its own

@@ -7,7 +7,7 @@ from typing import Any
 from igvmfw.check import LAUNCHED, check_image, refuses
 from igvmfw.cli import Command
 from igvmfw.cli.image import count, platform_word
-from igvmfw.cli.output import emit, emit_json
+from igvmfw.cli.output import emit_folded, emit_json
 from igvmfw.errors import IgvmfwError, UsageError
 from igvmfw.files import mapped
 from igvmfw.findings import Finding, Guest
@@ -85,10 +85,10 @@ def _show(platform: Platform, findings: list[Finding], qemu: Acceptance) -> None
         verdict = "must not be launched" if platform in LAUNCHED else "cannot be launched"
     else:
         verdict = "would be launched" if findings else "would be launched as it is"
-    emit(f"{platform}: {verdict} by {qemu.name}")
+    emit_folded(f"{platform}: {verdict} by {qemu.name}")
     for finding in findings:
-        emit(f"  {finding.severity} [{finding.rule}] {finding.where}: {finding.message}")
-        emit(f"    {finding.remedy}")
+        emit_folded(f"  {finding.severity} [{finding.rule}] {finding.where}: {finding.message}")
+        emit_folded(f"    {finding.remedy}")
 
 
 def _document(

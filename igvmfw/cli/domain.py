@@ -14,7 +14,7 @@ from typing import Any
 
 from igvmfw import files
 from igvmfw.cli import Command
-from igvmfw.cli.output import emit, emit_json, note, warn
+from igvmfw.cli.output import emit, emit_bytes, emit_json, note, warn
 from igvmfw.errors import HostError, IgvmfwError, RefusedError
 from igvmfw.launch import (
     Options,
@@ -307,8 +307,7 @@ def _dumpxml(args: argparse.Namespace) -> int:
             update_cpu=args.update_cpu,
             migratable=args.migratable,
         )
-    sys.stdout.flush()
-    sys.stdout.buffer.write(as_request(domain).write())
+    emit_bytes(as_request(domain).write())
     return 0
 
 
@@ -422,14 +421,12 @@ def _print_domain(before: Domain, after: Domain, args: argparse.Namespace) -> No
         files.write_atomic(args.output, text)
     else:
         # as it is, not through emit: this is for a file or libvirt, and must not change
-        sys.stdout.flush()
-        sys.stdout.buffer.write(text)
+        emit_bytes(text)
 
 
 def _print_xml(rewritten: Rewritten) -> int:
     _report(rewritten)
-    sys.stdout.flush()
-    sys.stdout.buffer.write(rewritten.domain.write())
+    emit_bytes(rewritten.domain.write())
     return 0
 
 

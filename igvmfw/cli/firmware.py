@@ -10,6 +10,7 @@ from typing import Any
 from igvmfw import files, rooted
 from igvmfw.cli import Command
 from igvmfw.cli.output import emit, emit_json, note, warn
+from igvmfw.cli.progress import progress
 from igvmfw.describe import Description, Stated
 from igvmfw.errors import DescriptorError, IgvmfwError, InputError, UsageError
 from igvmfw.install import (
@@ -129,10 +130,12 @@ def _describe(args: argparse.Namespace) -> int:
         raise UsageError(
             "several files need a directory to write to", hint="name one with -o DIRECTORY"
         )
-    described = {
-        path: describe_file(path, root=args.root, profile=args.profile, stated=_stated(args))
-        for path in args.files
-    }
+    described: dict[str, Description] = {}
+    with progress("describing", "files") as shown:
+        for path in shown.over(args.files):
+            described[path] = describe_file(
+                path, root=args.root, profile=args.profile, stated=_stated(args)
+            )
     outputs: dict[Path, bytes] = {}
     for path, found in described.items():
         if args.explain:
@@ -270,15 +273,17 @@ def _install(args: argparse.Namespace) -> int:
     priority = _or_default(args.priority, priority)
     place = choose_place(args.level, root=args.root, into=args.into)
     described: dict[str, Description] = {}
-    for path in args.files:
-        name = file_name(args.name or Path(path).stem, priority)
-        if name in described:
-            raise UsageError(f"two of the files would both become {name}")
-        described[name] = describe_file(
-            path, root=args.root, profile=args.profile, stated=_stated(args), note_time=True
-        )
-        if args.explain:
-            _explain(described[name])
+    with progress("describing", "files") as shown:
+        for path in shown.over(args.files):
+            name = file_name(args.name or Path(path).stem, priority)
+            if name in described:
+                raise UsageError(f"two of the files would both become {name}")
+            described[name] = describe_file(
+                path, root=args.root, profile=args.profile, stated=_stated(args), note_time=True
+            )
+    if args.explain:
+        for found in described.values():
+            _explain(found)
 
     def plan() -> list[Action]:
         return [plan_install(place, name, d.descriptor) for name, d in described.items()]
@@ -376,13 +381,15 @@ def _refresh(args: argparse.Namespace) -> int:
     place = choose_place(Level.VENDOR, root=args.root, into=args.into)
     if args.remove:
         return _report(remove_all(place, dry_run=args.dry_run).actions, args)
-    done = refresh(
-        place,
-        directories,
-        profile=args.profile,
-        everything=args.all,
-        dry_run=args.dry_run,
-    )
+    with progress("looking at", "IGVM files") as shown:
+        done = refresh(
+            place,
+            directories,
+            profile=args.profile,
+            everything=args.all,
+            dry_run=args.dry_run,
+            progress=shown,
+        )
     for problem in done.problems:
         warn(str(problem))
     if place.note is not None and any(a.kind is Kind.WRITE for a in done.actions):

@@ -76,12 +76,14 @@ class Capabilities:
             it stands.
         sev: Whether SEV guests can be started.
         sev_es: Whether SEV-ES guests can be started.
+        sev_snp: Whether SEV-SNP guests can be started.
     """
 
     emulator: str | None
     igvm: bool
     sev: bool
     sev_es: bool
+    sev_snp: bool = False
 
     @classmethod
     def parse(cls, xml: str) -> "Capabilities":
@@ -98,11 +100,13 @@ class Capabilities:
             for path in ("os/enum[@name='firmware']", "os/loader/enum[@name='type']")
             for value in root.findall(f"{path}/value")
         ]
+        kinds = root.findall("features/launchSecurity/enum[@name='sectype']/value")
         return cls(
             emulator=root.findtext("path"),
             igvm="igvm" in values,
             sev=supported,
             sev_es=supported and guests.isdigit() and int(guests) > 0,
+            sev_snp="sev-snp" in [kind.text for kind in kinds],
         )
 
 
@@ -118,6 +122,13 @@ class Connection:
         with translated():
             uri: str = self.native.getURI()
         return uri
+
+    @property
+    def version(self) -> tuple[int, int, int]:
+        """The release of the libvirt that answers, which is not always the library's here."""
+        with translated():
+            number: int = self.native.getLibVersion()
+        return number // 1_000_000, number // 1000 % 1000, number % 1000
 
     @property
     def is_remote(self) -> bool:
@@ -193,8 +204,7 @@ def connect(uri: str | None = None) -> Iterator[Connection]:
         OutputError: The embedded driver's directory cannot be made.
         UsageError: The embedded driver's URI names no directory.
     """
-    default = os.environ.get("VIRSH_DEFAULT_CONNECT_URI") or os.environ.get("LIBVIRT_DEFAULT_URI")
-    wanted = uri or default or None
+    wanted = uri or default_uri()
     root = embedded.root_of(wanted) if wanted else None
     if root is not None:
         with _logging_to(embedded.prepare(root)):
@@ -211,6 +221,12 @@ def connect(uri: str | None = None) -> Iterator[Connection]:
             native = libvirt.open(wanted)
         stack.callback(_close, native)
         yield Connection(native)
+
+
+def default_uri() -> str | None:
+    """The URI that the environment names, as virsh takes it."""
+    variables = ("VIRSH_DEFAULT_CONNECT_URI", "LIBVIRT_DEFAULT_URI")
+    return next(filter(None, map(os.environ.get, variables)), None)
 
 
 @contextlib.contextmanager
