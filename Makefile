@@ -50,6 +50,8 @@ qemu: packages ## a QEMU that takes IGVM files: the distribution's, or one built
 # the parts that only tests need
 testbed: venv qemu ## everything the tests need, built into ~/.cache/igvmfw
 	@$(PACKAGES) words rust roots
+	@for release in $$($(TESTBED)/build-qemu.sh --releases); do \
+	    $(TESTBED)/build-qemu.sh $$release >/dev/null || exit; done
 	@PATH="$$($(TESTBED)/rust.sh):$$PATH" && \
 	    $(TESTBED)/peers.sh >/dev/null && $(TESTBED)/reference.sh >/dev/null
 	@for suite in $$($(TESTBED)/roots.sh --suites); do \

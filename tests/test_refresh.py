@@ -86,7 +86,7 @@ def test_new_changed_gone(place: Place, make: Make) -> None:
 
 def refresh_in_a_process(root: Path) -> Counter[str]:
     """How many files had what done to them."""
-    command = [sys.executable, "-m", "igvmfw", "refresh", "--root", str(root)]
+    command = [sys.executable, "-m", "igvmfw", "-q", "refresh", "--root", str(root)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert done.stderr == ""
     return Counter(line.split()[0] for line in done.stdout.splitlines())

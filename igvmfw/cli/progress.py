@@ -79,6 +79,8 @@ class Progress:
         from rich.text import Text
 
         console = Console(stderr=True)
+        # an interrupt is echoed as ^C: it must not wrap, or what is erased is another line
+        console.width = max(1, console.width - len("^C") - 1)
         printer = lambda text: console.print(Text(text), soft_wrap=True)  # noqa: E731
         with contextlib.suppress(OSError), self._drawn(console), output.messages_through(printer):
             self._update()
