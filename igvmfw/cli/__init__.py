@@ -98,6 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except IgvmfwError as error:
+        for warning in getattr(error, "__notes__", ()):  # what came before it
+            _say("warning", warning)
         return _fail(str(error), error.exit_code)
     except BrokenPipeError:
         # the reader went away (`igvmfw list | head -1`): nothing is left to say, also not at exit
@@ -116,9 +118,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    line = " ".join(printable(message).split())
-    print(f"igvmfw: error: {line}", file=sys.stderr)
+    _say("error", message)
     return code
+
+
+def _say(kind: str, message: str) -> None:
+    line = " ".join(printable(message).split())
+    print(f"igvmfw: {kind}: {line}", file=sys.stderr)
 
 
 def printable(text: str) -> str:
