@@ -3,17 +3,13 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from igvmfw.cli import Command
 from igvmfw.cli.output import emit, emit_json, note, warn
-from igvmfw.errors import IgvmError, IgvmfwError, UsageError
+from igvmfw.errors import IgvmfwError, UsageError
 from igvmfw.files import STDIN, mapped, write_atomic
 from igvmfw.igvm.image import IgvmFile
 from igvmfw.platforms import Platform
-
-if TYPE_CHECKING:
-    from igvmfw.igvm.payload import Payload
 
 SHA384_SIZE = 48  # bytes
 
@@ -32,6 +28,7 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    from igvmfw.images import find_payload
     from igvmfw.report import inspection, inspection_text, page_runs
 
     documents = []
@@ -40,7 +37,7 @@ def _inspect(args: argparse.Namespace) -> int:
         try:
             with mapped(name) as data:
                 image = IgvmFile.parse(data, lenient=args.lenient)
-                payload = _payload(image)
+                payload = find_payload(image)
                 if args.json:
                     documents.append(inspection(image, name, payload, pages=args.pages))
                 else:
@@ -59,18 +56,6 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.json:
         emit_json(documents if len(args.files) > 1 else documents[0])
     return code
-
-
-def _payload(image: IgvmFile) -> "Payload":
-    """What the file carries; nothing of a file that was read leniently and misses its data."""
-    from igvmfw.igvm.payload import Payload, identify
-
-    try:
-        return identify(image)
-    except IgvmError:
-        if not image.problems:
-            raise
-        return Payload()
 
 
 def _measure_arguments(parser: argparse.ArgumentParser) -> None:

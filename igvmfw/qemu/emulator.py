@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from igvmfw.errors import EmulatorError
+from igvmfw.qemu.acceptance import RELEASES, Acceptance, acceptance_of
 
 FIRST_IGVM = (10, 1, 0)
 _TIMEOUT = 20.0  # seconds; it answers in some milliseconds, on a loaded host later
@@ -90,6 +91,30 @@ def probe(path: Path) -> Emulator:
     igvm = help_.returncode == 0 and "file=" in help_.stdout
     major, minor, micro = (int(part or 0) for part in found.groups())
     return Emulator(path=path, version=(major, minor, micro), igvm=igvm)
+
+
+def host_acceptance(path: Path | None = None) -> Acceptance:
+    """What a QEMU of this host takes of an IGVM file.
+
+    Args:
+        path: The QEMU to ask; None takes the first of this host that takes IGVM files, and without
+            one the newest release that igvmfw knows.
+    Raises:
+        EmulatorError: The named one cannot be run, is not QEMU, or takes no IGVM files.
+        UsageError: The named one is too old to take any.
+    """
+    if path is not None:
+        emulator = probe(path)
+        emulator.require_igvm()
+        return acceptance_of(emulator.version)
+    for candidate in find():
+        try:
+            emulator = probe(candidate)
+        except EmulatorError:
+            continue  # not the one to ask; naming it says what is wrong with it
+        if emulator.igvm:
+            return acceptance_of(emulator.version)
+    return RELEASES[-1]
 
 
 def _run(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
