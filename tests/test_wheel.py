@@ -93,13 +93,13 @@ def test_a_program_that_uses_the_api_is_typed(environment: Path, tmp_path: Path)
     """As its author sees it: with the installed package, which brings its types."""
     program = tmp_path / "define.py"
     shutil.copy(CHECKOUT / "docs" / "examples" / "define.py", program)
-    words = ["--strict", "--python-executable", environment / "python", "--cache-dir", "cache"]
-    check = [sys.executable, "-m", "mypy", *words]
+    python = str(environment / "python")
+    check = [sys.executable, "-m", "mypy", "--strict", "--python-executable", python]
     assert "Success" in run(*check, program, folder=tmp_path)
     # and it is the package's types that were looked at, not Any
     program.write_text(program.read_text() + "reveal_type(prepared)\nname.no_such_thing()\n")
     done = subprocess.run(
-        [*map(str, check), str(program)],
+        [*check, str(program)],
         capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False,
     )  # fmt: skip
     assert 'Revealed type is "igvmfw.rewrite.Rewritten"' in done.stdout

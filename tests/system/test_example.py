@@ -14,7 +14,7 @@ EXAMPLE = DOCUMENT.parent / "examples" / "define.py"
 
 
 def run(uri: str, xml: Path) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, EXAMPLE, uri, xml]
+    command = [sys.executable, str(EXAMPLE), uri, str(xml)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
