@@ -15,8 +15,11 @@ help: ## say what can be made
 demo: venv qemu ## show the main job step by step, with real guests
 	@$(BIN)/python -m tests.demo
 
-test: lint types testbed ## check style and types, and run all tests
-	@$(BIN)/python -m pytest
+# percent of lines and branches; where parts are missing, tests are skipped and reach less
+COVERAGE := $(if $(CI),95,0)
+
+test: lint types testbed ## check style and types, and run all tests with branch coverage
+	@$(BIN)/python -m pytest --cov --cov-fail-under=$(COVERAGE)
 
 check: test ## what CI runs: the same
 
@@ -60,4 +63,4 @@ fuzz: venv ## look for files that igvmfw does not cope with, for FUZZ_SECONDS (6
 	@$(BIN)/python -m tests.fuzz.fuzz
 
 clean: ## remove what was made in the checkout; the cache stays
-	rm -rf .venv .demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage* *.egg-info

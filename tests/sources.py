@@ -21,9 +21,9 @@ _LIBVIRT_PARTS = (
 )
 
 
-def qemu_interop() -> Path | None:
-    """docs/interop/firmware.json of the QEMU that the test bed builds, where it is built."""
-    path = printed("build-qemu.sh").parents[1] / "share/igvmfw/firmware.json"
+def qemu_interop(release: str) -> Path | None:
+    """docs/interop/firmware.json of a QEMU that the test bed builds, where it is built."""
+    path = printed("build-qemu.sh", release).parents[1] / "share/igvmfw/firmware.json"
     return path if path.is_file() else None
 
 

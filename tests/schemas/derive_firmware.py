@@ -2,9 +2,10 @@
 
 QAPI's grammar: docs/devel/qapi-code-gen.rst in QEMU's source.  Enums and members come from the
 text; three rules that only its prose states are added in `add_prose_rules`, each with its place.
-The text at hand is that of QEMU 10.2; what 11.0 adds to it stands in `QEMU_11_0`.
+The text of 10.2 describes 10.1 as well: it has nothing that is newer.
 
-Run as a script it rewrites schemas/:  python -m tests.schemas.derive_firmware FIRMWARE_JSON
+Run as a script it rewrites schemas/, from docs/interop/firmware.json of these two releases:
+    python -m tests.schemas.derive_firmware FIRMWARE_JSON_10_2 FIRMWARE_JSON_11_0
 """
 
 import ast
@@ -16,16 +17,6 @@ from typing import Any
 
 SCHEMAS = Path(__file__).parents[2] / "schemas"
 Definitions = dict[str, dict[str, Any]]
-
-# QEMU commit e8dcd2a0c2d6, "docs/interop/firmware: Add 'uefi-vars' member for
-# FirmwareMappingMemory", released with 11.0
-QEMU_11_0: Definitions = {
-    "FirmwareMemoryUefiVars": {"struct": "FirmwareMemoryUefiVars", "data": {"template": "str"}},
-    "FirmwareMappingMemory": {
-        "struct": "FirmwareMappingMemory",
-        "data": {"filename": "str", "*uefi-vars": "FirmwareMemoryUefiVars"},
-    },
-}
 
 # the extension igvmfw makes, in the same grammar
 IGVMFW: Definitions = {
@@ -126,6 +117,23 @@ def add_prose_rules(schemas: Definitions) -> None:
     firmware["features"]["$comment"] = (
         "the features verbose-dynamic and verbose-static exclude each other"
     )
+    # FirmwareMappingMemory, @uefi-vars (since 11.0)
+    if "FirmwareMemoryUefiVars" in schemas:
+        needed = {"features": "host-uefi-vars", "interface-types": "uefi"}
+        schemas["Firmware"].update(
+            {
+                "if": {"properties": {"mapping": {"required": ["uefi-vars"]}}},
+                "then": {
+                    "properties": {
+                        name: {
+                            "contains": {"const": word},
+                            "$comment": f"'uefi-vars' needs {word!r} in {name}",
+                        }
+                        for name, word in needed.items()
+                    }
+                },
+            }
+        )
     # FirmwareMappingFlash, @mode and @nvram-template
     schemas["FirmwareMappingFlash"].update(
         {
@@ -166,10 +174,9 @@ def derive(definitions: Definitions, name: str, title: str) -> dict[str, Any]:
     }
 
 
-def derive_all(text: str) -> dict[str, dict[str, Any]]:
-    """Every firmware schema igvmfw ships, by name, from the QAPI text of QEMU 10.2."""
-    base = read_qapi(text)
-    newer = {**base, **QEMU_11_0}
+def derive_all(text_10_2: str, text_11_0: str) -> dict[str, dict[str, Any]]:
+    """Every firmware schema igvmfw ships, by name, from the QAPI texts of two releases."""
+    base, newer = read_qapi(text_10_2), read_qapi(text_11_0)
     feature = newer["FirmwareFeature"]
     own = {**newer, **IGVMFW, "FirmwareFeature": {**feature, "data": [*feature["data"], "vtpm"]}}
     return {
@@ -189,5 +196,6 @@ def dump(schema: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    for schema_name, derived in derive_all(Path(sys.argv[1]).read_text()).items():
+    texts = [Path(name).read_text() for name in sys.argv[1:]]
+    for schema_name, derived in derive_all(*texts).items():
         (SCHEMAS / f"{schema_name}.json").write_text(dump(derived))

@@ -24,9 +24,9 @@ from tests.sources import libvirt_source, qemu_interop
 HOST = Path("/usr/share/qemu/firmware")
 
 
-def qapi_text() -> str:
-    path = qemu_interop()
-    need(path is not None, "firmware.json of the QEMU that the test bed builds")
+def qapi_text(release: str) -> str:
+    path = qemu_interop(release)
+    need(path is not None, f"firmware.json of the QEMU {release} that the test bed builds")
     assert path is not None
     return path.read_text()
 
@@ -40,7 +40,7 @@ def test_every_schema_is_one(name: str) -> None:
 
 
 def test_the_firmware_schemas_are_what_qemu_says() -> None:
-    derived = derive_firmware.derive_all(qapi_text())
+    derived = derive_firmware.derive_all(qapi_text("10.2"), qapi_text("11.0"))
     assert {name for name in schema_names() if name.startswith("firmware-")} == set(derived)
     for name, schema in derived.items():
         shipped = (derive_firmware.SCHEMAS / f"{name}.json").read_text()
@@ -49,7 +49,7 @@ def test_the_firmware_schemas_are_what_qemu_says() -> None:
 
 def test_nothing_in_the_text_is_newer_than_10_1() -> None:
     """So the text of 10.2 describes 10.1 as well."""
-    assert derive_firmware.newest_since(qapi_text()) == (10, 1)
+    assert derive_firmware.newest_since(qapi_text("10.2")) == (10, 1)
 
 
 def test_versions() -> None:
@@ -59,12 +59,19 @@ def test_versions() -> None:
     document = igvm_document()
     document["mapping"] = {"device": "memory", "filename": "/f", "uefi-vars": {"template": "/v"}}
     assert check_schema(document, Profile.UPSTREAM, "10.2")
+    needed = check_schema(document, Profile.UPSTREAM, "11.0")
+    assert [str(v) for v in needed] == ["features: 'uefi-vars' needs 'host-uefi-vars' in features"]
+    document["features"].append("host-uefi-vars")
+    assert not check_schema(document, Profile.UPSTREAM, "11.0")
+    document = igvm_document()
+    document["interface-types"] = ["svsm", "uefi"]
+    assert check_schema(document, Profile.UPSTREAM, "10.2")
     assert not check_schema(document, Profile.UPSTREAM, "11.0")
 
 
 def test_the_profile_igvmfw_adds_vtpm_alone() -> None:
     assert set(known_features(Profile.IGVMFW)) - set(known_features(Profile.UPSTREAM)) == {"vtpm"}
-    assert known_interfaces() == ("bios", "openfirmware", "uboot", "uefi")
+    assert known_interfaces() == ("bios", "openfirmware", "svsm", "uboot", "uefi")
     document = igvm_document()
     document["features"].append("vtpm")
     document["mapping"]["x-vtpm-storage"] = {

@@ -5,15 +5,21 @@
 # else one built from public packages into the cache: libigvm out of the crate igvm, QEMU out of the
 # source package of Debian or Ubuntu. Building asks nothing and takes about 5 minutes on 2 cores.
 #
-# usage: build-qemu.sh            makes sure that it is there, and prints its path
-#        build-qemu.sh --print    only prints the path, built or not
+# usage: build-qemu.sh [RELEASE] [--print]
+#     makes sure that it is there, and prints its path; with --print only prints it, built or not.
+#     RELEASE asks for one of the releases below and nothing else: it is built even where another
+#     QEMU takes IGVM files. Without it: what IGVMFW_QEMU or the distribution has, else the first.
+#        build-qemu.sh --releases    names them
 # environment: IGVMFW_QEMU   an emulator to use; nothing is built
 #              QEMU_SOURCE   URL or file with QEMU's source, where the archive has it no more
 set -Eeuo pipefail
 
-version=10.2.2
-tarball=qemu_$version+ds.orig.tar.xz
-sha256=be05230fe47a6937cd29f28f562932c8125f9c93c2a82c625198f7a4aa601dfb
+# Each with what igvmfw has to know of it: 10.2 without, 11.0 with MADT and reset from the file.
+releases="10.2 11.0"
+declare -A versions=([10.2]=10.2.2 [11.0]=11.0.1) checksums=(
+    [10.2]=be05230fe47a6937cd29f28f562932c8125f9c93c2a82c625198f7a4aa601dfb
+    [11.0]=75a0f910bc45ef532ab3c705a6995bb96d70bca1826c2f61da6e13a3719a089f
+)
 meson="meson==1.9.1 tomli==2.2.1 pycotap==1.3.1 setuptools==75.8.0 distlib==0.3.9"
 # where to look for another version once the archives have no $tarball any more, as Ubuntu's
 debian_suite=sid
@@ -209,16 +215,35 @@ build() {
     install_qemu >>"$log" 2>&1
 }
 
-emulator=${IGVMFW_QEMU-}
-for own in qemu-system-x86_64 /usr/libexec/qemu-kvm; do
-    own=$(command -v "$own" || true)
-    if [ -z "$emulator" ] && [ -n "$own" ] && takes_igvm "$own"; then emulator=$own; fi
+release="" print=""
+for word in "$@"; do
+    case $word in
+        --print) print=1 ;;
+        --releases) echo "$releases"; exit ;;
+        *) release=$word ;;
+    esac
 done
+emulator=""
+if [ -z "$release" ]; then
+    emulator=${IGVMFW_QEMU-}
+    for own in qemu-system-x86_64 /usr/libexec/qemu-kvm; do
+        own=$(command -v "$own" || true)
+        if [ -z "$emulator" ] && [ -n "$own" ] && takes_igvm "$own"; then emulator=$own; fi
+    done
+    release=${releases%% *}
+fi
+version=${versions[$release]-}
+if [ -z "$version" ]; then
+    say "no release $release; there are: $releases"
+    exit 2
+fi
+sha256=${checksums[$release]}
+tarball=qemu_$version+ds.orig.tar.xz
 if [ -z "$emulator" ]; then
-    prefix=$cache/qemu-$(key)
+    prefix=$cache/qemu-$release-$(key)
     emulator=$prefix/bin/qemu-system-x86_64
-    if [ "${1-}" != --print ] && [ ! -x "$emulator" ]; then build; fi
-elif [ "${1-}" != --print ] && ! takes_igvm "$emulator"; then
+    if [ -z "$print" ] && [ ! -x "$emulator" ]; then build; fi
+elif [ -z "$print" ] && ! takes_igvm "$emulator"; then
     say "$emulator (IGVMFW_QEMU) does not run, or has no IGVM support"
     exit 4
 fi

@@ -162,10 +162,10 @@ def test_a_damaged_document_gives_a_document_or_one_error(data: st.DataObject) -
 def test_attacks_and_accidents_get_one_error_in_bounded_time(
     data: bytes, words: tuple[str, ...]
 ) -> None:
-    begin = time.monotonic()
+    begin = time.process_time()
     with pytest.raises(DomainError) as caught:
         Document.parse(data)
-    assert time.monotonic() - begin < 5
+    assert time.process_time() - begin < 5  # far from it, unless something explodes
     for word in words:
         assert word in str(caught.value)
     assert len(str(caught.value)) < 400
@@ -175,8 +175,12 @@ def test_the_greatest_depth_is_taken() -> None:
     Document.parse(b"<a>" * MAX_DEPTH + b"</a>" * MAX_DEPTH)
 
 
-def test_a_wide_document_is_read_in_bounded_time() -> None:
-    begin = time.monotonic()
-    data = b"<a>" + b"<b/>" * 1_000_000 + b"</a>"
-    assert Document.parse(data).write() == data
-    assert time.monotonic() - begin < 20
+def test_the_cost_of_a_wide_document_grows_with_it_and_no_faster() -> None:
+    def cost(elements: int) -> float:
+        data = b"<a>" + b"<b/>" * elements + b"</a>"
+        begin = time.process_time()
+        assert Document.parse(data).write() == data
+        return time.process_time() - begin
+
+    # 8 times the elements; what grew with their square would take 64 times as long
+    assert cost(1_000_000) < 24 * cost(125_000)
