@@ -156,6 +156,7 @@ def start(
     Raises:
         EmulatorError: The domain's QEMU cannot take IGVM files.
         RefusedError: The IGVM file is not the one the domain was defined with.
+        InputError: The IGVM file is gone or unreadable.
         LibvirtError: There is no such domain, or libvirt or QEMU refuses it.
     """
     native = connection.find(name)

@@ -290,6 +290,37 @@ def test_a_file_that_qemu_would_not_find_is_refused(
         assert b"sharedComputePath" in refused
 
 
+def test_the_container_s_log_says_why(file: Path, volume: Path, tmp_path: Path) -> None:
+    """sidecar-shim drops the hook's standard error; its own is the log."""
+    shim = tmp_path / "sidecar-shim"
+    shim.write_text(
+        f"#!{sys.executable}\nimport subprocess, sys\n"
+        "sys.exit(subprocess.run(sys.argv[1:], stderr=subprocess.PIPE).returncode)\n"
+    )
+    shim.chmod(0o755)
+    instance = json.dumps(vmi("sev", volume / "missing.igvm", volume))
+    command = [sys.executable, str(HOOK), "--vmi", instance, "--domain", domain("sev")]
+    done = subprocess.run([str(shim), *command], capture_output=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (3, b"")
+    assert done.stderr.startswith(b"igvmfw: error: ")
+    assert b"missing.igvm" in done.stderr
+
+
+def test_what_cannot_be_checked_is_said_and_the_guest_starts(file: Path, volume: Path) -> None:
+    """As with KubeVirt's firmware autoselection, whose features a file by path cannot show."""
+    asks = domain("sev").replace("<os>", '<os firmware="efi">')
+    begin, end = asks.index("<loader"), asks.index("</loader>") + len("</loader>")
+    wants = '<firmware><feature enabled="yes" name="secure-boot"></feature></firmware>'
+    asks = asks[:begin] + wants + asks[end:]
+    words = ["--vmi", json.dumps(vmi("sev", file, volume)), "--domain", asks]
+    command = [sys.executable, "-I", str(HOOK), *words]
+    done = subprocess.run(command, capture_output=True, timeout=120, check=False)
+    assert done.returncode == 0
+    assert done.stderr.startswith(b"igvmfw: warning: ")
+    assert b"secure-boot" in done.stderr
+    assert len(Domain.parse(done.stdout).arguments) == 4
+
+
 def test_a_bad_file_is_refused_with_its_name(file: Path, volume: Path) -> None:
     (volume / "damaged.igvm").write_bytes(file.read_bytes()[:-1] + b"\xff" * 9)
     (volume / "native.igvm").write_bytes(samples.small(Platform.NATIVE))
