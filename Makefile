@@ -6,7 +6,7 @@ BIN := .venv/bin
 TESTBED := tests/testbed
 PACKAGES := $(TESTBED)/packages.sh
 
-.PHONY: help demo test check lint types venv packages qemu testbed fuzz clean
+.PHONY: help demo test check lint types venv packages qemu testbed fuzz pictures clean
 .DEFAULT_GOAL := help
 
 help: ## say what can be made
@@ -61,6 +61,9 @@ fuzz: venv ## look for files that igvmfw does not cope with, for FUZZ_SECONDS (6
 	@$(BIN)/pip install --quiet --disable-pip-version-check --only-binary :all: atheris || \
 	    echo "no atheris for this Python: drawing files with hypothesis" >&2
 	@$(BIN)/python -m tests.fuzz.fuzz
+
+pictures: venv ## draw the memory maps in docs/ anew
+	@$(BIN)/python -m tests.pictures
 
 clean: ## remove what was made in the checkout; the cache stays
 	rm -rf .venv .demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage* *.egg-info

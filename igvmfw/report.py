@@ -7,6 +7,7 @@ from typing import Any
 from igvmfw.errors import IgvmError
 from igvmfw.igvm.headers import Header, PageData, RawHeader, VpContext
 from igvmfw.igvm.image import IgvmFile
+from igvmfw.igvm.landmarks import named_regions
 from igvmfw.igvm.ovmf import TDX_METADATA_GUID, OvmfTables, SectionKind
 from igvmfw.igvm.payload import Payload
 from igvmfw.igvm.rules import AnyHeader
@@ -15,12 +16,16 @@ from igvmfw.igvm.summary import RESET_ENTRY, context_registers, data_size, summa
 from igvmfw.platforms import Platform
 
 _Masks = tuple[tuple[Platform, int], ...]  # a file's platforms with their compatibility masks
+_UNITS = [
+    (f"{prefix}iB", 1 << 10 * power)
+    for power, prefix in zip(range(6, 0, -1), "EPTGMK", strict=True)
+]
 _ENUMS = {"platform_type": PlatformType, "data_type": PageDataType}
 
 
 def size_text(size: int) -> str:
     """A size in bytes as people write it."""
-    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+    for unit, factor in _UNITS:
         if size >= factor:
             return f"{size / factor:.4g} {unit}"
     return f"{size} bytes"
@@ -67,7 +72,7 @@ def inspection(
         "platforms": [header_dict(image, header) for header in image.platforms],
         "initialization": [header_dict(image, header) for header in image.initializations],
         "directives": dict(counts),
-        "summaries": [_summary_dict(image, platform) for platform in image.supported],
+        "summaries": [_summary_dict(image, platform, payload) for platform in image.supported],
         "payload": {**payload_dict(payload), "ovmf": _ovmf_dict(payload.tables)},
         "problems": [problem._asdict() for problem in image.problems],
     }
@@ -102,7 +107,7 @@ def _ovmf_dict(tables: OvmfTables | None) -> dict[str, Any] | None:
     }
 
 
-def _summary_dict(image: IgvmFile, platform: Platform) -> dict[str, Any]:
+def _summary_dict(image: IgvmFile, platform: Platform, payload: Payload) -> dict[str, Any]:
     summary = summarize(image, platform)
     return {
         "platform": summary.platform.value,
@@ -118,6 +123,10 @@ def _summary_dict(image: IgvmFile, platform: Platform) -> dict[str, Any]:
             {"vp_index": context.vp_index, "entry": context.entry} for context in summary.contexts
         ],
         "id_block": summary.id_block,
+        "regions": [
+            {"gpa": region.start, "size": region.size, "kind": region.kind, "name": region.name}
+            for region in named_regions(image, platform, payload)
+        ],
     }
 
 

@@ -17,7 +17,7 @@ GROUND = "errors platforms files resources rooted".split()
 SIDES = "igvm qemu virt".split()  # know nothing of each other
 JOINS = (
     "images findings describe presets provenance check_context check inventory install refresh "
-    "select verdict rewrite state launch manager hook verify report"
+    "select verdict rewrite state launch manager hook verify report memorymap drawing textmap"
 ).split()
 ORDER = [*GROUND, *SIDES, *JOINS, "cli", "__main__"]
 PROGRAMS = ("cli", "__main__", "hook")  # libvirt starts the hook as a program of its own

@@ -3,13 +3,17 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from igvmfw.cli import Command
-from igvmfw.cli.output import emit, emit_json, note, warn
+from igvmfw.cli.output import emit, emit_json, emit_map, note, warn
 from igvmfw.errors import IgvmfwError, UsageError
 from igvmfw.files import STDIN, mapped, write_atomic
 from igvmfw.igvm.image import IgvmFile
 from igvmfw.platforms import Platform
+
+if TYPE_CHECKING:
+    from igvmfw.igvm.payload import Payload
 
 SHA384_SIZE = 48  # bytes
 
@@ -25,12 +29,25 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="show a file that breaks the format's rules as far as it can be read",
     )
+    parser.add_argument(
+        "--map",
+        metavar="OUT",
+        help="also draw the guest's memory as the file lays it out: into OUT.svg, or with - as "
+        "text behind what is printed",
+    )
+    parser.add_argument(
+        "--theme",
+        choices=("auto", "light", "dark"),
+        default="auto",
+        help="the colours of OUT.svg (default auto: as the reader's screen is set)",
+    )
 
 
 def _inspect(args: argparse.Namespace) -> int:
     from igvmfw.images import find_payload
     from igvmfw.report import inspection, inspection_text, page_runs
 
+    _check_map(args)
     documents = []
     code = 0
     for name in args.files:
@@ -45,6 +62,8 @@ def _inspect(args: argparse.Namespace) -> int:
                     if args.pages:
                         for line in page_runs(image):
                             emit(line)
+                if args.map is not None:
+                    _map(args, image, name, payload)
                 if image.problems:
                     code = 3
         except IgvmfwError as error:
@@ -56,6 +75,38 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.json:
         emit_json(documents if len(args.files) > 1 else documents[0])
     return code
+
+
+def _check_map(args: argparse.Namespace) -> None:
+    """Refuse what --map cannot mean, above all a name that may be that of an IGVM file."""
+    if args.map is None:
+        return
+    if args.map == STDIN:
+        if args.json:
+            raise UsageError(
+                "--map - prints text, --json one document",
+                hint="leave one out: the document has the regions too, below summaries",
+            )
+    elif not args.map.endswith(".svg"):
+        raise UsageError(
+            f"--map {args.map}: the picture's name must end in .svg",
+            hint="--map OUT.svg FILE, or --map - FILE for text",
+        )
+    elif len(args.files) > 1:
+        raise UsageError("--map draws one file into one picture", hint="name one FILE, or --map -")
+
+
+def _map(args: argparse.Namespace, image: IgvmFile, name: str, payload: "Payload") -> None:
+    from igvmfw.memorymap import map_memory
+
+    title = "standard input" if name == STDIN else Path(name).name
+    memory = map_memory(image, title, payload)
+    if args.map == STDIN:
+        emit_map(memory)
+        return
+    from igvmfw.drawing import Theme, draw
+
+    write_atomic(Path(args.map), draw(memory, theme=Theme(args.theme)))
 
 
 def _measure_arguments(parser: argparse.ArgumentParser) -> None:

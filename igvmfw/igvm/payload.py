@@ -8,6 +8,7 @@ Source of the marks: builds of COCONUT-SVSM (its log messages and crate paths), 
 table (ovmf.py).
 """
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ OVERLAP = 128  # bytes of the preceding page searched along; longer than any mar
 ZERO_PAGE = bytes(PAGE_SIZE)
 
 STRIDE = 256 * PAGE_SIZE  # bytes searched at once, at most
+MAX_MARKS = 4  # pages named for an SVSM; its kernel is one
 
 _SVSM = b"! COCONUT-SVSM Version: "
 _VERSION = re.compile(rb"20\d\d\.\d\d-devel-\d+-g[0-9a-f]{7,40}\+?")
@@ -127,6 +129,29 @@ def _windows(image: IgvmFile, pages: dict[int, PageData]) -> Iterator[bytes]:
             before = end - PAGE_SIZE if gpa == expected and start else 0
             start, end = offset, offset + PAGE_SIZE
         expected = gpa + PAGE_SIZE
+
+
+def find_svsm_marks(image: IgvmFile, platform: Platform) -> tuple[int, ...]:
+    """The guest addresses, in bytes, of the pages in which the SVSM's mark begins; few at most.
+
+    Raises:
+        IgvmError: The file does not have the platform.
+    """
+    places = list(itertools.islice(_places(image.content, _SVSM), MAX_MARKS))
+    return tuple(
+        gpa
+        for gpa, page in _memory(image, platform).items()
+        if any(page.file_offset <= place < page.file_offset + PAGE_SIZE for place in places)
+    )[:MAX_MARKS]
+
+
+def _places(content: memoryview, mark: bytes) -> Iterator[int]:
+    for start in range(0, len(content), STRIDE):
+        window = bytes(content[start : start + STRIDE + len(mark) - 1])
+        at = window.find(mark)
+        while at >= 0:
+            yield start + at
+            at = window.find(mark, at + 1)
 
 
 def firmware_image(image: IgvmFile, platform: Platform) -> bytes:

@@ -160,23 +160,44 @@ def entry_point(image: IgvmFile, header: VpContext) -> str:
         registers = context_registers(image, header)
     except IgvmError as error:  # of a file that was read leniently
         return f"unreadable: {error.message}"
-
-    def number(*names: str) -> int:
-        value = next((registers[name] for name in names if name in registers), 0)
-        return value if isinstance(value, int) else 0
-
     if not registers:
         return RESET_ENTRY
     if "pc" in registers or "Pc" in registers:
-        return f"PC 0x{number('pc', 'Pc'):x}"
-    rip = number("rip", "Rip")
-    if number("efer", "Efer") & _EFER_LMA:
+        return f"PC 0x{_number(registers, 'pc', 'Pc'):x}"
+    rip = _number(registers, "rip", "Rip")
+    if _number(registers, "efer", "Efer") & _EFER_LMA:
         return f"64-bit mode, RIP 0x{rip:x}"
-    if number("cr0", "Cr0") & _CR0_PE:
+    if _number(registers, "cr0", "Cr0") & _CR0_PE:
         return f"32-bit protected mode, EIP 0x{rip:x}"
+    return f"real mode, CS base 0x{_code_base(registers):x}, IP 0x{rip:x}"
+
+
+def find_entry_address(image: IgvmFile, header: VpContext) -> int | None:
+    """The address, in bytes, of the first instruction by a VP context; None where it says none.
+
+    It is the guest physical address as long as the context's page tables map it to itself.
+    """
+    try:
+        registers = context_registers(image, header)
+    except IgvmError:
+        return None
+    if not registers:
+        return None
+    if "pc" in registers or "Pc" in registers:
+        return _number(registers, "pc", "Pc")
+    rip = _number(registers, "rip", "Rip")
+    protected = _number(registers, "cr0", "Cr0") & _CR0_PE
+    return rip if protected else _code_base(registers) + rip
+
+
+def _number(registers: dict[str, object], *names: str) -> int:
+    value = next((registers[name] for name in names if name in registers), 0)
+    return value if isinstance(value, int) else 0
+
+
+def _code_base(registers: dict[str, object]) -> int:
     segment = registers.get("cs")
-    base = segment["base"] if isinstance(segment, dict) else number("code_base")
-    return f"real mode, CS base 0x{base:x}, IP 0x{rip:x}"
+    return segment["base"] if isinstance(segment, dict) else _number(registers, "code_base")
 
 
 def data_size(image: IgvmFile, header: AnyHeader) -> int:

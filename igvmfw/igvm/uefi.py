@@ -13,6 +13,7 @@ import lzma
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from igvmfw.errors import IgvmError
 from igvmfw.igvm.reader import U32, U64, Layout
@@ -21,6 +22,7 @@ FOUR_GIB = 1 << 32
 MAX_FIRMWARE = 64 << 20  # bytes below 4 GiB that are looked at; real images have 2 to 16 MiB
 MAX_UNPACKED = 64 << 20  # bytes that all compressed sections may unpack to; OVMF has 14 MiB
 MAX_DEPTH = 4  # volumes within volumes; OVMF has 2
+MAX_VOLUMES = 64  # that are named; OVMF has 3
 MAX_PARTS = 1 << 16  # volumes, files and sections that are looked at; OVMF has below 200
 
 # EFI_FIRMWARE_VOLUME_HEADER from the file system GUID on, EFI_FFS_FILE_HEADER, EFI_GUID_DEFINED_…
@@ -65,6 +67,30 @@ class UefiFacts:
     smm: bool
     variable_service: bool
     enrolled_keys: bool
+
+
+class Volume(NamedTuple):
+    """A firmware volume: its place in the image and its size, in bytes."""
+
+    offset: int
+    size: int
+    variables: bool  # it holds the variable store
+
+
+def find_volumes(firmware: bytes) -> tuple[Volume, ...]:
+    """The volumes of a firmware image, one after the other; those within them are not looked at."""
+    data = memoryview(firmware)
+    found: list[Volume] = []
+    at = firmware.find(b"_FVH")
+    while at >= 0 and len(found) < MAX_VOLUMES:
+        start, end = at - _SIGNATURE, at + 4
+        if start >= 0 and len(data) - start >= _VOLUME_GUID + _VOLUME.size:
+            system, length, _, _, header, *_ = _VOLUME.read(data, start + _VOLUME_GUID)
+            if _SIGNATURE < header <= length <= len(data) - start:
+                found.append(Volume(start, length, system == _VARIABLE_VOLUME))
+                end = start + length
+        at = firmware.find(b"_FVH", end)
+    return tuple(found)
 
 
 @functools.lru_cache(maxsize=4)  # platforms, and files, often share one image; unpacking is slow

@@ -98,6 +98,13 @@ def test_inspect_json_is_one_document(run: Run, file: Path) -> None:
     assert (page["gpa"], page["data_size"], page["data_type"]) == (0x1000, 4096, "NORMAL")
     context = next(item for item in document["pages"] if item["type"] == "VP_CONTEXT")
     assert context["registers"]["cs"]["base"] == 0xFFFF0000
+    assert [(r["gpa"], r["size"], r["kind"], r["name"])
+            for r in document["summaries"][3]["regions"]] == [
+        (0x1000, 4096, "measured", None),
+        (0x2000, 4096, "zero", None),
+        (0x10_0000, 4096, "parameters", "memory map, VP count"),
+        (0xFFFF_FFFF_F000, 4096, "vmsa", "of vCPU 0"),
+    ]  # fmt: skip
     assert isinstance(json.loads(run("inspect", "--json", file, file)[1]), list)
 
 

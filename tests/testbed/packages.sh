@@ -9,7 +9,7 @@ set -euo pipefail
 
 run="python3 python3-venv python3-dev gcc libc6-dev pkg-config libssl-dev libvirt-dev libvirt-clients
     libvirt-clients-qemu python3-cryptography python3-lxml libvirt-daemon libvirt-daemon-driver-qemu
-    qemu-system-x86 ovmf seabios xz-utils"
+    qemu-system-x86 ovmf seabios xz-utils librsvg2-bin fonts-dejavu-core"
 build="build-essential ninja-build flex bison cbindgen ca-certificates xz-utils python3-venv
     libglib2.0-dev libslirp-dev libfdt-dev zlib1g-dev device-tree-compiler"
 roots="debootstrap"
@@ -33,8 +33,10 @@ packages.sh: there is no apt here. Install these packages' counterparts by hand,
   Debian's names:    $*
   Fedora's names:    python3-devel gcc pkgconf openssl-devel libvirt-devel libvirt-client
                      libvirt-daemon-driver-qemu qemu-system-x86 edk2-ovmf seabios-bin xz
+                     librsvg2-tools dejavu-sans-fonts dejavu-sans-mono-fonts
   openSUSE's names:  python3-devel gcc pkg-config libopenssl-devel libvirt-devel libvirt-client
                      libvirt-daemon-driver-qemu qemu-x86 qemu-ovmf-x86_64 qemu-seabios xz
+                     rsvg-convert dejavu-fonts
 Their QEMU takes IGVM files, so that none has to be built.
 TEXT
     exit 4
