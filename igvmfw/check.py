@@ -73,7 +73,11 @@ def check_image(
 
 
 def refuses(findings: list[Finding]) -> bool:
-    """Whether one of them stops the launch."""
+    """Whether one of them stops the launch.
+
+    Args:
+        findings: Of a check.
+    """
     return any(finding.severity is Severity.ERROR for finding in findings)
 
 

@@ -71,7 +71,12 @@ class Stated:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reason:
-    """Why something is in a descriptor, or is left out of it."""
+    """Why something is in a descriptor, or is left out of it.
+
+    Attributes:
+        item: The member, or the feature.
+        text: The reason, for people.
+    """
 
     item: str
     text: str
@@ -79,7 +84,12 @@ class Reason:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
-    """A descriptor and the reasons for what it says."""
+    """A descriptor and the reasons for what it says.
+
+    Attributes:
+        descriptor: The descriptor.
+        reasons: Why it is as it is.
+    """
 
     descriptor: Descriptor
     reasons: tuple[Reason, ...]

@@ -254,7 +254,13 @@ def undefine(
 
 
 def recorded(domain: Domain) -> File | None:
-    """The IGVM file that a rewritten domain was given; None for any other domain."""
+    """The IGVM file that a rewritten domain was given; None for any other domain.
+
+    Args:
+        domain: Such as `prepare` made it, or libvirt has it.
+    Raises:
+        DomainError: igvmfw's record in the domain is damaged.
+    """
     record = Record.find(domain)
     return None if record is None else record.file
 

@@ -74,6 +74,8 @@ def object_argument(path: str) -> str:
 def request_of(domain: Domain) -> Request | None:
     """What a domain asks of IGVM firmware, also when it was rewritten already.
 
+    Args:
+        domain: Any domain; None comes of one that asks for none.
     Raises:
         DomainError: It contradicts itself.
     """
@@ -88,6 +90,9 @@ def convert(domain: Domain, path: str | None = None) -> Domain:
     Args:
         domain: The domain; one that asks for IGVM already keeps its request.
         path: The IGVM file to ask for; None leaves it to the catalogue.
+    Raises:
+        RefusedError: The path is not absolute, too long, or has characters no path should have.
+        DomainError: The domain contradicts itself, or igvmfw's record in it is damaged.
     """
     if path is not None:
         object_argument(path)  # what QEMU could not get is not worth asking for
@@ -177,6 +182,8 @@ def as_request(domain: Domain) -> Domain:
 
     What the domain was before `convert` stays in the metadata.
 
+    Args:
+        domain: Such as libvirt has it.
     Raises:
         DomainError: It got other firmware since, or igvmfw's record is damaged.
     """
@@ -199,6 +206,8 @@ def as_request(domain: Domain) -> Domain:
 def restore(domain: Domain) -> Domain:
     """The domain as it was before `rewrite`, and before `convert`; any other domain as it is.
 
+    Args:
+        domain: Such as libvirt has it.
     Raises:
         DomainError: It got other firmware since, or igvmfw's record is damaged.
     """

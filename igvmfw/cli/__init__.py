@@ -114,6 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         output.flush()
         return code
     except IgvmfwError as error:
+        for warning in getattr(error, "__notes__", ()):  # what came before it
+            output.warn(" ".join(warning.split()))
         return _fail(str(error), error.exit_code)
     except BrokenPipeError:
         # the reader went away (`igvmfw list | head -1`): nothing is left to say, also not at exit

@@ -17,18 +17,16 @@ from igvmfw.cli import Command
 from igvmfw.cli.output import emit, emit_bytes, emit_json, note, warn
 from igvmfw.errors import HostError, IgvmfwError, RefusedError
 from igvmfw.launch import (
-    Options,
     check_start,
     create,
     define,
     fetch,
-    prepare,
     recorded,
     start,
     undefine,
 )
-from igvmfw.qemu import catalog
-from igvmfw.rewrite import Rewritten, as_request, convert, request_of, restore
+from igvmfw.manager import prepare
+from igvmfw.rewrite import Rewritten, as_request, convert, restore
 from igvmfw.virt.document import MAX_BYTES
 from igvmfw.virt.domain import Domain
 from igvmfw.virt.host import Connection, connect
@@ -366,34 +364,13 @@ def _prepare(domain: Domain, args: argparse.Namespace, connection: Connection | 
         if args.igvm is not None:
             path = None if args.igvm == _TAKE_FROM_CATALOGUE else os.path.abspath(args.igvm)
             domain = convert(domain, path)
-        if request_of(domain) is None:
-            return Rewritten(domain=domain)
-        capabilities = None
-        lock_memory = args.lock_memory
-        if connection is not None:
-            capabilities = connection.capabilities(
-                emulator=domain.emulator, machine=domain.os.machine, kind=domain.type
-            )
-            if connection.is_remote:
-                warn(f"the firmware is chosen and checked here, not on {connection.host}")
-            pinned = domain.security is not None and domain.security.type == "sev"
-            if lock_memory and pinned and not connection.may_lock_memory:
-                lock_memory = False
-                warn(
-                    "<locked/> left out: libvirt may not lift the limit on locked memory here; a "
-                    "SEV guest starts if its memory fits into the limit (ulimit -l)"
-                )
-        user = os.geteuid() != 0 if connection is None else not connection.is_system
-        found = catalog.load(catalog.search_path(args.root, user=user), args.root)
-        for problem in found.problems:
-            warn(str(problem))
-        options = Options(
-            entries=found.entries,
+        return prepare(
+            domain,
+            connection,
             root=args.root,
-            lock_memory=lock_memory,
+            lock_memory=args.lock_memory,
             on_change=None if args.on_change is None else OnChange(args.on_change),
         )
-        return prepare(domain, options, capabilities=capabilities)
 
 
 def _report(rewritten: Rewritten) -> None:

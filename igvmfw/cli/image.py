@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from igvmfw.cli import Command
 from igvmfw.cli.output import emit, emit_bytes, emit_folded, emit_json, emit_map, note, warn
 from igvmfw.cli.progress import progress
-from igvmfw.errors import IgvmError, IgvmfwError, OutputError, UsageError
+from igvmfw.errors import IgvmfwError, OutputError, UsageError
 from igvmfw.files import STDIN, mapped, write_atomic
 from igvmfw.igvm.image import IgvmFile
 from igvmfw.platforms import Platform
@@ -44,6 +44,7 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    from igvmfw.images import find_payload
     from igvmfw.report import inspection, inspection_text, page_runs
 
     _check_map(args)
@@ -54,7 +55,7 @@ def _inspect(args: argparse.Namespace) -> int:
             try:
                 with mapped(name) as data:
                     image = IgvmFile.parse(data, lenient=args.lenient)
-                    payload = _payload(image)
+                    payload = find_payload(image)
                     if args.json:
                         documents.append(inspection(image, name, payload, pages=args.pages))
                     else:
@@ -109,18 +110,6 @@ def _map(args: argparse.Namespace, image: IgvmFile, name: str, payload: "Payload
     from igvmfw.drawing import Theme, draw
 
     write_atomic(Path(args.map), draw(memory, theme=Theme(args.theme)))
-
-
-def _payload(image: IgvmFile) -> "Payload":
-    """What the file carries; nothing of a file that was read leniently and misses its data."""
-    from igvmfw.igvm.payload import Payload, identify
-
-    try:
-        return identify(image)
-    except IgvmError:
-        if not image.problems:
-            raise
-        return Payload()
 
 
 def _measure_arguments(parser: argparse.ArgumentParser) -> None:

@@ -66,9 +66,13 @@ class FixedHeader:
 class IgvmFile:
     """A file as read: every header in file order, the data still where it was.
 
-    `content` is the whole file, a view that is only valid as long as its source is.  `problems` is
-    empty unless the file was read leniently.  `platforms` are the supported platforms, in file
-    order.
+    Attributes:
+        fixed: The fixed header.
+        headers: The variable headers.
+        header_offsets: Where each of them begins, in bytes from the file's beginning.
+        content: The whole file, a view that is only valid as long as its source is.
+        problems: What is wrong with the file; empty unless it was read leniently.
+        platforms: The headers of its supported platforms, in file order.
     """
 
     fixed: FixedHeader

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from igvmfw import rooted
 from igvmfw.errors import EmulatorError
+from igvmfw.qemu.acceptance import RELEASES, Acceptance, acceptance_of
 
 FIRST_IGVM = (10, 1, 0)
 TIMEOUT = 20.0  # seconds; it answers in some milliseconds, on a loaded host later
@@ -117,6 +118,30 @@ def may_run(path: Path) -> bool:
     except OSError:
         return True  # asking it says what is wrong
     return info.st_uid in (0, os.geteuid()) and not info.st_mode & _WRITABLE_BY_OTHERS
+
+
+def host_acceptance(path: Path | None = None) -> Acceptance:
+    """What a QEMU of this host takes of an IGVM file.
+
+    Args:
+        path: The QEMU to ask; None takes the first of this host that takes IGVM files, and without
+            one the newest release that igvmfw knows.
+    Raises:
+        EmulatorError: The named one cannot be run, is not QEMU, or takes no IGVM files.
+        UsageError: The named one is too old to take any.
+    """
+    if path is not None:
+        emulator = probe(path)
+        emulator.require_igvm()
+        return acceptance_of(emulator.version)
+    for candidate in find():
+        try:
+            emulator = probe(candidate)
+        except EmulatorError:
+            continue  # not the one to ask; naming it says what is wrong with it
+        if emulator.igvm:
+            return acceptance_of(emulator.version)
+    return RELEASES[-1]
 
 
 def run_bounded(path: Path, *arguments: str, seconds: float) -> subprocess.CompletedProcess[str]:
