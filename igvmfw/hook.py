@@ -67,6 +67,7 @@ def check_start(
     if file is None:
         return
     _check_argument(domain, file)
+    _check_state(domain)
     security = domain.security
     platform = Platform.NATIVE if security is None else security.platform
     check_host(platform, root)
@@ -117,7 +118,7 @@ def check_host(platform: Platform, root: Path = Path("/")) -> None:
 
 def _check_argument(domain: "Domain", file: "File") -> None:
     """What is checked below has to be what QEMU gets."""
-    from igvmfw.rewrite import object_argument
+    from igvmfw.commandline import object_argument
 
     if object_argument(file.path) not in domain.arguments:
         raise RefusedError(
@@ -125,6 +126,17 @@ def _check_argument(domain: "Domain", file: "File") -> None:
             where="<qemu:commandline>",
             hint="define the domain again with igvmfw, or remove igvmfw's element from <metadata>",
         )
+
+
+def _check_state(domain: "Domain") -> None:
+    """The state of the firmware's vTPM: the domain's own, and there."""
+    from igvmfw.state import check_domain, recorded
+    from igvmfw.upkeep import check_present
+
+    kept = recorded(domain)
+    if kept is not None:
+        check_domain(domain, kept)
+        check_present(domain, kept)
 
 
 def _check_change(domain: "Domain", file: "File", sha256: str, warn: Warn) -> None:
@@ -149,6 +161,8 @@ def _check_emulator(
     sha256: str,
 ) -> None:
     """Judge the file by the rules of the QEMU that will get it."""
+    from igvmfw.state import recorded
+
     path = None if domain.emulator is None else Path(domain.emulator)
     identity = None if path is None else _identity(path)
     key: dict[str, object] = {
@@ -158,6 +172,8 @@ def _check_emulator(
         "vcpus": domain.vcpus,
         "memory": domain.memory,
         "emulator": identity,
+        "machine": domain.os.machine,
+        "state": recorded(domain) is not None,
     }
     known = cache if identity is not None else None
     if known is not None and known.has(key):
@@ -174,12 +190,14 @@ def _judge(
     from igvmfw.findings import Guest, Severity
     from igvmfw.qemu.acceptance import RELEASES, acceptance_of
     from igvmfw.qemu.emulator import probe
+    from igvmfw.upkeep import check_emulator
 
     release = RELEASES[-1]
     if emulator is not None and _may_run(emulator):
         found = probe(emulator)
         found.require_igvm()
         release = acceptance_of(found.version)
+        check_emulator(domain, emulator)
     guest = Guest(vcpus=domain.vcpus, memory=domain.memory)
     for finding in check_image(image, platform, release, guest):
         if finding.severity is Severity.ERROR:

@@ -6,14 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from igvmfw import files, rooted
+from igvmfw import files, rooted, statefile, upkeep
+from igvmfw.commandline import object_argument
 from igvmfw.errors import EmulatorError, IgvmfwError, LibvirtError, RefusedError, UsageError
 from igvmfw.igvm.image import IgvmFile
 from igvmfw.igvm.measure import MEASURED, launch_digest
 from igvmfw.qemu import emulator
 from igvmfw.qemu.catalog import Entry
-from igvmfw.rewrite import Rewritten, as_request, object_argument, request_of, rewrite
+from igvmfw.rewrite import Rewritten, as_request, request_of, rewrite
 from igvmfw.select import Candidate, Choice, choose, confirm
+from igvmfw.state import Plan
 from igvmfw.virt.domain import Domain, Request
 from igvmfw.virt.host import Capabilities, Connection, translated
 from igvmfw.virt.record import File, OnChange, Record
@@ -28,12 +30,16 @@ class Options:
         root: The root directory that the descriptors' files are in.
         lock_memory: Let SEV and SEV-ES guests lock their memory.
         on_change: What a start does when the file is another by then; None leaves it as recorded.
+        states: Where guests keep the state of their vTPMs; None when it is not known.
+        remote: Whether the domain will run on another host, whose QEMU cannot be asked from here.
     """
 
     entries: Sequence[Entry] = ()
     root: Path = rooted.HOST
     lock_memory: bool = True
     on_change: OnChange | None = None
+    states: Path | None = None
+    remote: bool = False
 
 
 def prepare(
@@ -62,7 +68,18 @@ def prepare(
         candidate = dataclasses.replace(candidate, path=str(path))
     object_argument(candidate.path)  # a path that QEMU will not get is not opened here either
     choice = read(candidate, request, domain)
-    return rewrite(domain, choice, lock_memory=options.lock_memory, on_change=options.on_change)
+    plan = None
+    if candidate.storage is not None:
+        stated = domain.emulator or (capabilities and capabilities.emulator)
+        where = upkeep.Place(
+            directory=options.states,
+            emulator=Path(stated) if stated and not options.remote else None,
+            root=options.root,
+        )
+        domain, plan = upkeep.plan_for(domain, choice.platform, candidate.storage, where)
+    return rewrite(
+        domain, choice, lock_memory=options.lock_memory, on_change=options.on_change, plan=plan
+    )
 
 
 def read(candidate: Candidate, request: Request, domain: Domain) -> Choice:
@@ -93,26 +110,44 @@ def read(candidate: Candidate, request: Request, domain: Domain) -> Choice:
             raise
 
 
-def define(connection: Connection, domain: Domain, *, validate: bool = False) -> str:
+def define(
+    connection: Connection, domain: Domain, *, validate: bool = False, plan: Plan | None = None
+) -> str:
     """Define a prepared domain; returns its name.
+
+    A state that its vTPM is to have is made last: an interruption leaves no state without domain,
+    and defining the domain again goes on from there.
 
     Args:
         connection: Where.
         domain: What `prepare` gave.
         validate: Let libvirt check the XML against its schema.
+        plan: The state that `prepare` planned.
     Raises:
         LibvirtError: libvirt refuses it.
+        OutputError: The domain is defined, but its vTPM's state cannot be made.
+        RefusedError: The domain is defined, but something else is in the place of the state.
     """
     with translated(f"domain '{domain.name}'"):
         import libvirt
 
         flags = libvirt.VIR_DOMAIN_DEFINE_VALIDATE if validate else 0
         name: str = connection.native.defineXMLFlags(_text(domain), flags).name()
+    try:
+        upkeep.make(connection, domain, plan)
+    except IgvmfwError as error:
+        error.message = f"{name} is defined, but will not start: {error.message}"
+        raise
     return name
 
 
 def create(
-    connection: Connection, domain: Domain, *, paused: bool = False, validate: bool = False
+    connection: Connection,
+    domain: Domain,
+    *,
+    paused: bool = False,
+    validate: bool = False,
+    plan: Plan | None = None,
 ) -> str:
     """Start a prepared domain that is gone when it stops; returns its name.
 
@@ -121,17 +156,26 @@ def create(
         domain: What `prepare` gave.
         paused: Leave the processors stopped.
         validate: Let libvirt check the XML against its schema.
+        plan: The state that `prepare` planned; it is kept when the guest stops.
     Raises:
-        EmulatorError: The domain's QEMU cannot take IGVM files.
+        EmulatorError: The domain's QEMU cannot take IGVM files, or give the vTPM its state.
+        OutputError: The vTPM's state cannot be made.
+        RefusedError: Something else is in the place of the state.
         LibvirtError: libvirt or QEMU refuses it.
     """
     check_emulator(connection, domain)
-    with translated(f"domain '{domain.name}'"):
-        import libvirt
+    made = upkeep.make(connection, domain, plan)
+    try:
+        with translated(f"domain '{domain.name}'"):
+            import libvirt
 
-        flags = libvirt.VIR_DOMAIN_START_PAUSED if paused else 0
-        flags |= libvirt.VIR_DOMAIN_START_VALIDATE if validate else 0
-        name: str = connection.native.createXML(_text(domain), flags).name()
+            flags = libvirt.VIR_DOMAIN_START_PAUSED if paused else 0
+            flags |= libvirt.VIR_DOMAIN_START_VALIDATE if validate else 0
+            name: str = connection.native.createXML(_text(domain), flags).name()
+    except BaseException:
+        if made and plan is not None and plan.state.path is not None:
+            statefile.remove(Path(plan.state.path))  # no guest has written to it
+        raise
     return name
 
 
@@ -154,8 +198,10 @@ def start(
         force_boot: Drop a saved state and boot anew.
         warn: Gets a message when the file changed and the domain starts nevertheless.
     Raises:
-        EmulatorError: The domain's QEMU cannot take IGVM files.
-        RefusedError: The IGVM file is not the one the domain was defined with.
+        EmulatorError: The domain's QEMU cannot take IGVM files, or give the vTPM its state.
+        RefusedError: The IGVM file is not the one the domain was defined with, or the vTPM's state
+            is not the domain's.
+        DomainError: The vTPM's state is missing.
         LibvirtError: There is no such domain, or libvirt or QEMU refuses it.
     """
     native = connection.find(name)
@@ -172,6 +218,7 @@ def start(
         domain = Domain.parse(native.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE).encode())
         check_file(connection, domain, warn=warn)
         check_emulator(connection, domain)
+        upkeep.check(connection, domain)
         native.createWithFlags(flags)
     return domain
 
@@ -224,14 +271,19 @@ def undefine(
     Args:
         connection: Where.
         name: The domain's name or UUID.
-        nvram: Remove the file of UEFI variables (True) or keep it (False), where there is one.
+        nvram: Remove the file of UEFI variables and the state of the firmware's vTPM (True) or
+            keep them (False), where there are any.
         managed_save: Remove a saved state.
         snapshots_metadata: Remove what libvirt knows of snapshots.
         checkpoints_metadata: Remove what libvirt knows of checkpoints.
     Raises:
         LibvirtError: There is no such domain, or libvirt refuses.
+        RefusedError: The vTPM has a state, and `nvram` does not say what shall become of it.
+        OutputError: The state cannot be removed from here.
     """
     native = connection.find(name)
+    kept = upkeep.find(connection, fetch(connection, name, inactive=True))
+    upkeep.check_undefine(name, kept, nvram=nvram)
     with translated(f"domain '{name}'"):
         import libvirt
 
@@ -248,6 +300,8 @@ def undefine(
         )
         removed: str = native.name()
         native.undefineFlags(flags)
+    if nvram and kept is not None:
+        statefile.remove(kept.path)  # last: libvirt may refuse
     return removed
 
 
@@ -304,24 +358,27 @@ def changed_file(domain: Domain, file: File, sha256: str) -> RefusedError | None
 
 
 def check_emulator(connection: Connection, domain: Domain) -> None:
-    """See that the QEMU of a rewritten domain takes IGVM files, before a guest is started.
+    """See that the QEMU of a rewritten domain takes what it is given, before a guest is started.
 
     A QEMU on another host cannot be asked.
 
     Raises:
-        EmulatorError: It is missing, or does not take them.
+        EmulatorError: It is missing, does not take IGVM files, or cannot give the vTPM its state.
     """
-    if recorded(domain) is None or connection.is_remote:
+    if recorded(domain) is None:
+        return
+    if connection.is_remote:
+        upkeep.check_emulator(domain, None)
         return
     path = domain.emulator
     if path is None:
         path = connection.capabilities(
             emulator=None, machine=domain.os.machine, kind=domain.type
         ).emulator
-    if path is None:
-        return
     try:
-        emulator.probe(Path(path)).require_igvm()
+        if path is not None:
+            emulator.probe(Path(path)).require_igvm()
+        upkeep.check_emulator(domain, None if path is None else Path(path))
     except EmulatorError as error:
         if error.hint:
             error.hint += f"; name another in <emulator> of {domain.name}"

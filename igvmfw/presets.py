@@ -44,8 +44,11 @@ def load(name: str, datadir: str = DATADIR) -> Descriptor:
         known = ", ".join(template_names())
         raise UsageError(f"unknown preset {name!r}", hint=f"known: {known}")
     template = Descriptor.parse(load_template(name))
-    filename = template.mapping.filename.replace(_VARIABLE, datadir.rstrip("/"))
-    return replace(template, mapping=IgvmMapping(filename=filename))
+    mapping = template.mapping
+    if not isinstance(mapping, IgvmMapping):
+        raise UsageError(f"the preset {name!r} is of no IGVM file")
+    filename = mapping.filename.replace(_VARIABLE, datadir.rstrip("/"))
+    return replace(template, mapping=replace(mapping, filename=filename))
 
 
 def find(filename: str, datadir: str = DATADIR) -> Descriptor | None:

@@ -33,6 +33,7 @@ from igvmfw.rewrite import Rewritten, as_request, convert, request_of, restore
 from igvmfw.virt.document import MAX_BYTES
 from igvmfw.virt.domain import Domain
 from igvmfw.virt.host import Connection, connect
+from igvmfw.virt.keeping import state_directory
 from igvmfw.virt.record import OnChange
 
 _TAKE_FROM_CATALOGUE = ""
@@ -158,7 +159,7 @@ def _define(args: argparse.Namespace) -> int:
         if args.print_xml:
             return _print_xml(rewritten)
         _report(rewritten)
-        name = define(connection, rewritten.domain, validate=args.validate)
+        name = define(connection, rewritten.domain, validate=args.validate, plan=rewritten.plan)
         try:
             check_emulator(connection, rewritten.domain)
         except EmulatorError as error:
@@ -179,7 +180,13 @@ def _create(args: argparse.Namespace) -> int:
         if args.print_xml:
             return _print_xml(rewritten)
         _report(rewritten)
-        name = create(connection, rewritten.domain, paused=args.paused, validate=args.validate)
+        name = create(
+            connection,
+            rewritten.domain,
+            paused=args.paused,
+            validate=args.validate,
+            plan=rewritten.plan,
+        )
     _done(args, rewritten.domain, name, "created")
     return 0
 
@@ -257,7 +264,9 @@ def _redefine(
         args.on_change = former.on_change  # the request that was edited does not show it
     rewritten = _prepare(Domain.parse(edited), args, connection)
     _report(rewritten)
-    return define(connection, rewritten.domain, validate=not args.skip_validate)
+    return define(
+        connection, rewritten.domain, validate=not args.skip_validate, plan=rewritten.plan
+    )
 
 
 def _run_editor(path: str) -> None:
@@ -312,9 +321,12 @@ def _undefine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("domain", metavar="DOMAIN", help="its name or UUID")
     nvram = parser.add_mutually_exclusive_group()
     nvram.add_argument(
-        "--nvram", action="store_true", default=None, help="remove the file of UEFI variables"
+        "--nvram",
+        action="store_true",
+        default=None,
+        help="remove the file of UEFI variables, and the state of the firmware's vTPM",
     )
-    nvram.add_argument("--keep-nvram", dest="nvram", action="store_false", help="keep it")
+    nvram.add_argument("--keep-nvram", dest="nvram", action="store_false", help="keep them")
     parser.add_argument("--managed-save", action="store_true", help="remove a saved state")
     parser.add_argument(
         "--snapshots-metadata", action="store_true", help="remove what is known of snapshots"
@@ -388,6 +400,8 @@ def _prepare(domain: Domain, args: argparse.Namespace, connection: Connection | 
             root=args.root,
             lock_memory=lock_memory,
             on_change=None if args.on_change is None else OnChange(args.on_change),
+            states=state_directory(None if connection is None else connection.uri),
+            remote=connection is not None and connection.is_remote,
         )
         return prepare(domain, options, capabilities=capabilities)
 

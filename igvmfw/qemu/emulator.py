@@ -17,6 +17,7 @@ from igvmfw.errors import EmulatorError
 FIRST_IGVM = (10, 1, 0)
 _TIMEOUT = 20.0  # seconds; it answers in some milliseconds, on a loaded host later
 _VERSION = re.compile(r"QEMU emulator version (\d+)\.(\d+)(?:\.(\d+))?")
+_PROPERTY = re.compile(r"^\s+([\w.-]+)=<", re.M)
 _REMEDY = "IGVM needs QEMU 10.1 or newer built with libigvm: Fedora's and openSUSE's packages are"
 
 # where distributions put an emulator that is not in PATH: Fedora's and RHEL's, older Debian's
@@ -90,6 +91,28 @@ def probe(path: Path) -> Emulator:
     igvm = help_.returncode == 0 and "file=" in help_.stdout
     major, minor, micro = (int(part or 0) for part in found.groups())
     return Emulator(path=path, version=(major, minor, micro), igvm=igvm)
+
+
+def machine_properties(path: Path, machine: str | None) -> frozenset[str]:
+    """The properties that a machine type has in an emulator.
+
+    Source: `-machine TYPE,help` (system/vl.c, machine_help_func), one `name=<type>` to a line.
+
+    Args:
+        path: The binary, or a script that runs one.
+        machine: The machine type or its alias; None for QEMU's default on x86.
+    Raises:
+        EmulatorError: It cannot be run, does not answer in time, or has no such machine.
+    """
+    name = (machine or "pc").replace(",", ",,")
+    answer = _run(path, "-machine", f"{name},help")
+    if answer.returncode != 0:
+        raise EmulatorError(
+            f"does not tell of the machine {machine or 'pc'}: {_first_line(answer)}",
+            where=str(path),
+            hint="use a machine type that -machine help lists",
+        )
+    return frozenset(_PROPERTY.findall(answer.stdout))
 
 
 def _run(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

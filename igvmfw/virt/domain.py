@@ -3,6 +3,7 @@
 Source: libvirt's docs/formatdomain.rst and src/conf/schemas/domaincommon.rng (9.0 and 11.3).
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Self
@@ -21,10 +22,12 @@ SEV_ES_POLICY = 0x4  # policy bit 2; AMD's SEV API (publication 55766), "Guest P
 
 # what libvirt itself writes before an element that may have to be made (virDomainDefFormat)
 _BEFORE = {
+    "uuid": ("name",),
     "metadata": ("name", "uuid", "genid", "title", "description"),
     "memoryBacking": ("maxMemory", "memory", "currentMemory", "blkiotune", "memtune"),
     "policy": ("cbitpos", "reducedPhysBits"),
 }
+_UUID = re.compile("[0-9a-f]{32}")
 _UNITS: Mapping[str, int] = {
     "b": 1,
     "bytes": 1,
@@ -265,6 +268,30 @@ class Domain:
     def name(self) -> str | None:
         """The domain's name."""
         return self.root.findtext("name")
+
+    @property
+    def uuid(self) -> str | None:
+        """The domain's UUID as libvirt spells it: lower case, with hyphens.
+
+        Raises:
+            DomainError: It is none that libvirt takes.
+        """
+        element = only(self.root, "uuid")
+        if element is None:
+            return None
+        text = (element.text or "").strip()
+        digits = text.replace("-", "").lower()
+        if not _UUID.fullmatch(digits):
+            raise DomainError(
+                f"{text[:60]!r} is no UUID", where=place(element), hint="write one as uuidgen does"
+            )
+        return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
+
+    def add_uuid(self, uuid: str) -> None:
+        """Give a domain without UUID one, where libvirt itself puts it."""
+        element = etree.Element("uuid")
+        element.text = uuid
+        insert(self.root, _after(self.root, _BEFORE["uuid"]), element)
 
     @property
     def os(self) -> Os:
