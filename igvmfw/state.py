@@ -10,6 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from igvmfw import cocoonfs
 from igvmfw.commandline import has_state
 from igvmfw.errors import DomainError, IgvmfwError, RefusedError, UsageError
 from igvmfw.qemu import svsmdisk
@@ -25,14 +26,12 @@ class Plan:
     Attributes:
         state: What QEMU is told, and the record keeps.
         size: Of the file, in bytes.
-        template: The file that it starts as; None for `initial`.
-        initial: What it starts with, by which the firmware knows it and formats it by itself.
+        template: The file that it starts as; None for a disk that the firmware formats by itself.
     """
 
     state: State
     size: int
     template: str | None = None
-    initial: bytes = b""
 
 
 def path_of(directory: Path, uuid: str) -> Path:
@@ -66,6 +65,8 @@ def plan(
     if storage.interface is StorageInterface.PFLASH:
         return Plan(state=State(interface=storage.interface), size=storage.size_bytes)
     svsmdisk.check_format(storage.format)
+    if storage.template is None:
+        cocoonfs.check_size(storage.size_bytes)
     if directory is None:
         raise RefusedError(
             "cannot tell where that host's user keeps the state of a vTPM",

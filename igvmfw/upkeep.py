@@ -6,7 +6,7 @@ import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from igvmfw import rooted, state, statefile
+from igvmfw import cocoonfs, rooted, state, statefile
 from igvmfw.errors import EmulatorError, IgvmfwError, OutputError, RefusedError
 from igvmfw.platforms import Platform
 from igvmfw.qemu import emulator, svsmdisk
@@ -87,10 +87,11 @@ def make(connection: Connection, domain: Domain, plan: Plan | None) -> bool:
             hint="the domain starts once it is there: define it on that host with igvmfw, or put "
             "a state there",
         )
+    salt = os.urandom(cocoonfs.SALT_SIZE)
     return statefile.make(
         Path(plan.state.path),
         size=plan.size,
-        initial=plan.initial,
+        initial=cocoonfs.creation_header(plan.size, salt),
         template=None if plan.template is None else Path(plan.template),
         owner=connection.owner(domain),
     )

@@ -17,7 +17,7 @@ GROUND = "errors platforms files resources rooted".split()
 SIDES = "igvm qemu virt".split()  # know nothing of each other
 JOINS = (
     "findings describe presets provenance check_context check inventory install refresh "
-    "select verdict commandline state statefile rewrite upkeep launch hook verify report"
+    "select verdict commandline cocoonfs state statefile rewrite upkeep launch hook verify report"
 ).split()
 ORDER = [*GROUND, *SIDES, *JOINS, "cli", "__main__"]
 PROGRAMS = ("cli", "__main__", "hook")  # libvirt starts the hook as a program of its own
