@@ -88,6 +88,6 @@ def _protected(plain: bytes, section: int) -> bytes:
 
 
 def _checksum(data: bytes) -> bytes:
-    """Two CRC-32, as the crate computes them: the usual one, whatever the text says of bit order."""
+    """Two CRC-32 in the bit order of zlib, as the crate has them whatever the text says."""
     both = (zlib.crc32(data), zlib.crc32(data.translate(_SWAPPED)))
     return struct.pack("<2I", *both)

@@ -1,0 +1,320 @@
+"""The state of a vTPM with real libvirt and real QEMU: made, given to QEMU, kept, removed."""
+
+import os
+import stat
+import subprocess
+import uuid
+from pathlib import Path
+
+import pytest
+
+from tests.system.vtpm import SIZE, Host, arguments, domain, emulator, firmware, uuid_in
+
+ID = "6ecf0a42-5b5b-4c0b-9d5e-1f1f0a9e0001"
+
+
+@pytest.fixture
+def host(
+    uri: str, embed_root: Path, igvm_qemu: Path, ovmf: Path, tmp_path: Path, kvm: None
+) -> Host:
+    firmware(tmp_path / "root", ovmf)
+    qemu = emulator(embed_root, igvm_qemu)
+    return Host(uri=uri, embedded=embed_root, root=tmp_path / "root", qemu=qemu, work=tmp_path)
+
+
+def test_define_makes_the_state(host: Host) -> None:
+    result = host.define(domain(host.qemu), "--validate")
+    assert result.code == 0, result.err
+    id_ = uuid_in(host.defined())
+    state = host.state(id_)
+    assert f"the firmware's vTPM keeps its state in {state}" in result.err
+    info = state.stat()
+    assert stat.filemode(info.st_mode) == "-rw-------"
+    assert (info.st_uid, info.st_size) == (0, SIZE)  # qemu.conf of the test: QEMU runs as root
+    assert info.st_blocks * 512 < SIZE // 100  # nothing but its beginning takes room
+    assert state.read_bytes()[:8] == b"CCFSMKFS"
+    assert stat.filemode(host.states.stat().st_mode) == "drwx--x--x"
+    assert os.listdir(host.states) == [state.name]
+    words = arguments(host.defined())
+    assert list(words[4:]) == [
+        "-machine", "x-svsm-virtio-mmio=on",
+        "-global", "virtio-mmio.force-legacy=false",
+        "-drive", f"file={state},format=raw,if=none,id=svsm_storage,cache=none",
+        "-device", "virtio-blk-device,drive=svsm_storage",
+    ]  # fmt: skip
+
+
+def test_qemu_has_exactly_that_file(host: Host, known_emulators: Path, igvm_qemu: Path) -> None:
+    """Through a path with everything that could mean something to QEMU or XML."""
+    odd = host.embedded / "a,b=c,,id=x & 'd"
+    odd.mkdir()
+    guest = Host(
+        uri=f"qemu:///embed?root={odd}".replace("&", "%26").replace(" ", "%20"),
+        embedded=odd,
+        root=host.root,
+        qemu=host.qemu,
+        work=host.work,
+    )
+    defined = guest.define(domain(host.qemu, id_=ID))
+    assert defined.code == 0, defined.err
+    state = guest.state(ID)
+    started = guest.run("start", "--paused", "guest")
+    assert started.code == 0, started.err
+    (disk,) = guest.blocks()
+    assert disk["device"] == "svsm_storage"
+    assert disk["inserted"]["file"] == str(state)
+    assert disk["inserted"]["drv"] == "raw"
+    assert disk["inserted"]["cache"]["direct"]
+    assert disk["inserted"]["image"]["virtual-size"] == SIZE
+    guest.virsh("destroy", "guest")
+    assert state.exists()
+
+
+def test_the_arguments_are_those_of_qemu(igvm_qemu: Path, tmp_path: Path) -> None:
+    """A machine that has virtio-mmio slots takes them as they are, but for the machine property."""
+    from igvmfw.qemu.svsmdisk import arguments as made
+
+    state = tmp_path / "a,b.raw"
+    state.write_bytes(bytes(SIZE))
+    machine, *rest = made(str(state))[1:]
+    assert machine == "x-svsm-virtio-mmio=on"
+    commands = '{"execute":"qmp_capabilities"}{"execute":"query-block"}{"execute":"quit"}'
+    done = subprocess.run(
+        [igvm_qemu, "-M", "microvm,x-option-roms=off", "-S", "-nodefaults", "-display", "none",
+         "-bios", "/usr/share/seabios/bios-microvm.bin", "-qmp", "stdio", *rest],
+        input=commands, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f'"file": "{state}"' in done.stdout
+    assert '"qdev": "/machine/peripheral-anon/device[0]/virtio-backend"' in done.stdout
+    refused = subprocess.run(
+        [igvm_qemu, "-M", "q35", "-machine", machine], capture_output=True, text=True, check=False,
+        timeout=60,
+    )  # fmt: skip
+    assert "x-svsm-virtio-mmio' not found" in refused.stderr
+
+
+def test_defining_again_keeps_the_state(host: Host) -> None:
+    assert host.define(domain(host.qemu)).code == 0
+    first = host.defined()
+    state = host.state(uuid_in(first))
+    state.write_bytes(b"COCOONFS" + state.read_bytes()[8:])
+    written = state.stat()
+    shown = host.run("dumpxml", "guest").out
+    assert "svsm_storage" not in shown
+    assert "igvmfw" not in shown
+    assert host.define(shown).code == 0
+    assert host.defined() == first
+    assert state.stat().st_ino == written.st_ino
+    assert state.read_bytes()[:8] == b"COCOONFS"
+    assert os.listdir(host.states) == [state.name]
+
+
+def test_a_renamed_domain_keeps_it(host: Host) -> None:
+    assert host.define(domain(host.qemu, id_=ID)).code == 0
+    host.virsh("domrename", "guest", "other")
+    started = host.run("start", "--paused", "other")
+    assert started.code == 0, started.err
+    (disk,) = host.blocks("other")
+    assert disk["inserted"]["file"] == str(host.state(ID))
+    host.virsh("destroy", "other")
+    # its old name is free for another domain with a state of its own
+    assert host.define(domain(host.qemu)).code == 0
+    assert len(os.listdir(host.states)) == 2
+    assert host.define(host.run("dumpxml", "other").out).code == 0
+    assert len(os.listdir(host.states)) == 2
+
+
+def test_an_edited_domain_keeps_it(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert host.define(domain(host.qemu, id_=ID)).code == 0
+    inode = host.state(ID).stat().st_ino
+    monkeypatch.setenv("VISUAL", "sed -i s/262144/524288/")
+    edited = host.run("edit", "--root", host.root, "guest")
+    assert edited.code == 0, edited.err
+    assert "524288" in host.defined()
+    assert host.state(ID).stat().st_ino == inode
+
+
+def test_undefine_asks_what_shall_become_of_it(host: Host) -> None:
+    assert host.define(domain(host.qemu, id_=ID)).code == 0
+    state = host.state(ID)
+    refused = host.run("undefine", "guest")
+    assert refused.code == 1
+    assert str(state) in refused.err
+    assert "--nvram" in refused.err
+    assert "--keep-nvram" in refused.err
+    assert state.exists()
+    assert "svsm_storage" in host.defined()
+
+    kept = host.run("undefine", "--keep-nvram", "guest")
+    assert kept.code == 0, kept.err
+    state.write_bytes(b"COCOONFS" + state.read_bytes()[8:])
+    # as for libvirt's own nvram, a domain with the same UUID gets it again
+    assert host.define(domain(host.qemu, id_=ID)).code == 0
+    assert state.read_bytes()[:8] == b"COCOONFS"
+
+    removed = host.run("undefine", "--nvram", "guest")
+    assert removed.code == 0, removed.err
+    assert os.listdir(host.states) == []
+
+
+def test_undefine_that_libvirt_refuses_removes_nothing(host: Host) -> None:
+    assert host.define(domain(host.qemu, id_=ID)).code == 0
+    assert host.run("start", "--paused", "guest").code == 0
+    snapshot = "<domainsnapshot><name>s</name><memory snapshot='no'/></domainsnapshot>"
+    xml = host.work / "snapshot.xml"
+    xml.write_text(snapshot)
+    host.virsh("destroy", "guest")
+    host.virsh("snapshot-create", "--redefine", "guest", _snapshot(host, xml))
+    refused = host.run("undefine", "--nvram", "guest")
+    assert refused.code == 4
+    assert "snapshot" in refused.err
+    assert host.state(ID).exists()
+    assert host.run("undefine", "--nvram", "--snapshots-metadata", "guest").code == 0
+    assert not host.state(ID).exists()
+
+
+def _snapshot(host: Host, file: Path) -> Path:
+    inner = host.virsh("dumpxml", "guest")
+    file.write_text(
+        "<domainsnapshot><name>s</name><state>shutoff</state><creationTime>1</creationTime>"
+        f"<memory snapshot='no'/><disks/>{inner}</domainsnapshot>"
+    )
+    return file
+
+
+def test_undefine_of_a_domain_that_lost_its_record(host: Host) -> None:
+    """The state is found by UUID, whatever became of the metadata."""
+    assert host.define(domain(host.qemu, id_=ID)).code == 0
+    restored = host.work / "restored.xml"
+    restored.write_text(
+        domain(host.qemu, id_=ID)
+        .replace(" firmware='igvm'", "")
+        .replace("<firmware>\n      <feature enabled='yes' name='vtpm'/>\n    </firmware>", "")
+    )
+    host.virsh("define", restored)
+    assert host.run("undefine", "guest").code == 1
+    assert host.run("undefine", "--nvram", "guest").code == 0
+    assert not host.state(ID).exists()
+
+
+def test_a_transient_guest_keeps_its_state(host: Host) -> None:
+    created = host.create(domain(host.qemu, id_=ID), "--paused")
+    assert created.code == 0, created.err
+    state = host.state(ID)
+    (disk,) = host.blocks()
+    assert disk["inserted"]["file"] == str(state)
+    inode = state.stat().st_ino
+    host.virsh("destroy", "guest")
+    assert host.create(domain(host.qemu, id_=ID), "--paused").code == 0
+    assert state.stat().st_ino == inode
+
+
+def test_a_guest_that_does_not_start_leaves_nothing(host: Host) -> None:
+    argument = (
+        "<qemu:commandline xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>"
+        "<qemu:arg value='-no-such-option'/></qemu:commandline>"
+    )
+    created = host.create(domain(host.qemu, id_=ID, more=argument))
+    assert created.code == 4
+    assert "no-such-option" in created.err
+    assert os.listdir(host.states) == []
+    # a state that was there before stays
+    assert host.define(domain(host.qemu, id_=ID)).code == 0
+    assert host.run("undefine", "--keep-nvram", "guest").code == 0
+    assert host.create(domain(host.qemu, id_=ID, more=argument)).code == 4
+    assert host.state(ID).exists()
+
+
+def test_a_start_without_its_state_is_refused(host: Host) -> None:
+    assert host.define(domain(host.qemu, id_=ID)).code == 0
+    state = host.state(ID)
+    target = host.work / "elsewhere"
+    state.rename(target)
+    refused = host.run("start", "guest")
+    assert refused.code == 3
+    assert f"{state}: the state of guest's vTPM is missing" in refused.err
+    state.symlink_to(target)
+    for command in ("start", "undefine --nvram"):
+        refused = host.run(*command.split(), "guest")
+        assert refused.code != 0
+    again = host.define(host.run("dumpxml", "guest").out)
+    assert again.code == 1
+    assert "guest is defined, but will not start" in again.err
+    assert state.is_symlink()
+    assert target.stat().st_size == SIZE
+
+
+def test_a_clone_does_not_get_the_others_state(host: Host) -> None:
+    assert host.define(domain(host.qemu, id_=ID)).code == 0
+    clone = host.work / "clone.xml"
+    other = str(uuid.uuid4())
+    text = host.defined()
+    clone.write_text(text.replace(ID, other, 1).replace("<name>guest<", "<name>clone<"))
+    host.virsh("define", clone)  # as virt-clone does
+    refused = host.run("start", "clone")
+    assert refused.code == 1
+    assert "another domain's" in refused.err
+    assert host.run("undefine", "--nvram", "clone").code == 0
+    assert host.state(ID).exists()
+    host.virsh("define", clone)
+    assert host.define(host.run("dumpxml", "clone").out).code == 0
+    assert host.run("start", "--paused", "clone").code == 0
+    (disk,) = host.blocks("clone")
+    assert disk["inserted"]["file"] == str(host.state(other))
+
+
+def test_an_emulator_without_the_slots_is_named(host: Host, igvm_qemu: Path) -> None:
+    defined = host.define(domain(igvm_qemu, id_=ID))
+    assert defined.code == 0
+    assert "warning: the domain will not start" in defined.err
+    assert "x-svsm-virtio-mmio" in defined.err
+    for refused in (host.run("start", "guest"), host.create(domain(igvm_qemu, name="other"))):
+        assert refused.code == 4
+        for word in ("x-svsm-virtio-mmio", str(igvm_qemu), "COCONUT"):
+            assert word in refused.err
+    assert os.listdir(host.states) == [host.state(ID).name]
+
+
+def test_firmware_that_keeps_its_state_in_pflash(
+    uri: str, embed_root: Path, igvm_qemu: Path, ovmf: Path, tmp_path: Path
+) -> None:
+    storage: dict[str, object] = {"interface": "pflash", "format": "raw", "size-bytes": 65536}
+    firmware(tmp_path / "root", ovmf, storage=storage)
+    host = Host(uri=uri, embedded=embed_root, root=tmp_path / "root", qemu=igvm_qemu, work=tmp_path)
+    defined = host.define(domain(igvm_qemu, id_=ID))
+    assert defined.code == 0
+    assert (
+        "warning: the domain will not start: the firmware keeps its vTPM's state in a pflash"
+        in (defined.err)
+    )
+    assert not host.states.exists()
+    started = host.run("start", "guest")
+    assert started.code == 4
+    assert "pflash" in started.err
+    assert host.run("undefine", "guest").code == 0
+
+
+def test_the_template_is_what_it_starts_as(
+    uri: str, embed_root: Path, igvm_qemu: Path, ovmf: Path, tmp_path: Path
+) -> None:
+    template = tmp_path / "root/usr/share/svsm/state.raw"
+    storage = {"interface": "virtio-blk-mmio", "format": "raw", "size-bytes": 1 << 20,
+               "template": "/usr/share/svsm/state.raw"}  # fmt: skip
+    firmware(tmp_path / "root", ovmf, storage=storage)
+    qemu = emulator(embed_root, igvm_qemu)
+    host = Host(uri=uri, embedded=embed_root, root=tmp_path / "root", qemu=qemu, work=tmp_path)
+    missing = host.define(domain(qemu, id_=ID))
+    assert missing.code == 3
+    assert str(template) in missing.err
+    assert not host.state(ID).exists()
+    content = b"some" + bytes(200_000) + b"state"
+    template.write_bytes(content)
+    assert host.define(domain(qemu, id_=ID)).code == 0  # goes on where it stopped
+    assert host.state(ID).read_bytes() == content.ljust(1 << 20, b"\0")
+    assert host.run("undefine", "--nvram", "guest").code == 0
+    template.write_bytes(bytes((1 << 20) + 1))
+    large = host.define(domain(qemu, id_=ID))
+    assert large.code == 1
+    assert str(template) in large.err
+    assert os.listdir(host.states) == []
