@@ -1,8 +1,11 @@
 """Domains whose firmware keeps the state of its vTPM, and an emulator that can give it to them."""
 
 import json
+import os
 import re
+import signal
 import subprocess
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -136,8 +139,19 @@ class Host:
 
     def virsh(self, *words: str | Path) -> str:
         command = ["virsh", "-q", "-c", self.uri, *map(str, words)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        assert done.returncode == 0, done.stderr
         return done.stdout
+
+    def stop(self, name: str = "guest") -> None:
+        """End a guest, as one does that shuts down."""
+        pid = int((self.embedded / "run/qemu" / f"{name}.pid").read_text())
+        os.kill(pid, signal.SIGTERM)
+        for _ in range(300):
+            if not Path(f"/proc/{pid}").exists():
+                return
+            time.sleep(0.1)
+        raise TimeoutError(f"guest {name} does not end")
 
     def defined(self, name: str = "guest") -> str:
         """What libvirt keeps of a domain."""
