@@ -15,7 +15,6 @@ from igvmfw.qemu import emulator
 from igvmfw.qemu.catalog import Entry
 from igvmfw.rewrite import Rewritten, as_request, request_of, rewrite
 from igvmfw.select import Candidate, Choice, choose, confirm
-from igvmfw.state import Plan
 from igvmfw.virt.domain import Domain, Request
 from igvmfw.virt.host import Capabilities, Connection, translated
 from igvmfw.virt.record import File, OnChange, Record
@@ -32,6 +31,7 @@ class Options:
         on_change: What a start does when the file is another by then; None leaves it as recorded.
         states: Where guests keep the state of their vTPMs; None when it is not known.
         remote: Whether the domain will run on another host, whose QEMU cannot be asked from here.
+        uuid: For a domain without, where its vTPM's state needs one; None for a new one.
     """
 
     entries: Sequence[Entry] = ()
@@ -40,6 +40,7 @@ class Options:
     on_change: OnChange | None = None
     states: Path | None = None
     remote: bool = False
+    uuid: str | None = None
 
 
 def prepare(
@@ -68,17 +69,18 @@ def prepare(
         candidate = dataclasses.replace(candidate, path=str(path))
     object_argument(candidate.path)  # a path that QEMU will not get is not opened here either
     choice = read(candidate, request, domain)
-    plan = None
+    state = None
     if candidate.storage is not None:
         stated = domain.emulator or (capabilities and capabilities.emulator)
         where = upkeep.Place(
             directory=options.states,
             emulator=Path(stated) if stated and not options.remote else None,
             root=options.root,
+            uuid=options.uuid,
         )
-        domain, plan = upkeep.plan_for(domain, choice.platform, candidate.storage, where)
+        domain, state = upkeep.plan_for(domain, choice.platform, candidate.storage, where)
     return rewrite(
-        domain, choice, lock_memory=options.lock_memory, on_change=options.on_change, plan=plan
+        domain, choice, lock_memory=options.lock_memory, on_change=options.on_change, state=state
     )
 
 
@@ -110,9 +112,7 @@ def read(candidate: Candidate, request: Request, domain: Domain) -> Choice:
             raise
 
 
-def define(
-    connection: Connection, domain: Domain, *, validate: bool = False, plan: Plan | None = None
-) -> str:
+def define(connection: Connection, domain: Domain, *, validate: bool = False) -> str:
     """Define a prepared domain; returns its name.
 
     A state that its vTPM is to have is made last: an interruption leaves no state without domain,
@@ -122,7 +122,6 @@ def define(
         connection: Where.
         domain: What `prepare` gave.
         validate: Let libvirt check the XML against its schema.
-        plan: The state that `prepare` planned.
     Raises:
         LibvirtError: libvirt refuses it.
         OutputError: The domain is defined, but its vTPM's state cannot be made.
@@ -134,7 +133,7 @@ def define(
         flags = libvirt.VIR_DOMAIN_DEFINE_VALIDATE if validate else 0
         name: str = connection.native.defineXMLFlags(_text(domain), flags).name()
     try:
-        upkeep.make(connection, domain, plan)
+        upkeep.make(connection, domain)
     except IgvmfwError as error:
         error.message = f"{name} is defined, but will not start: {error.message}"
         raise
@@ -142,21 +141,17 @@ def define(
 
 
 def create(
-    connection: Connection,
-    domain: Domain,
-    *,
-    paused: bool = False,
-    validate: bool = False,
-    plan: Plan | None = None,
+    connection: Connection, domain: Domain, *, paused: bool = False, validate: bool = False
 ) -> str:
     """Start a prepared domain that is gone when it stops; returns its name.
+
+    A state that its vTPM keeps stays then, for the next domain with this UUID.
 
     Args:
         connection: Where.
         domain: What `prepare` gave.
         paused: Leave the processors stopped.
         validate: Let libvirt check the XML against its schema.
-        plan: The state that `prepare` planned; it is kept when the guest stops.
     Raises:
         EmulatorError: The domain's QEMU cannot take IGVM files, or give the vTPM its state.
         OutputError: The vTPM's state cannot be made.
@@ -164,7 +159,7 @@ def create(
         LibvirtError: libvirt or QEMU refuses it.
     """
     check_emulator(connection, domain)
-    made = upkeep.make(connection, domain, plan)
+    made = upkeep.make(connection, domain)
     try:
         with translated(f"domain '{domain.name}'"):
             import libvirt
@@ -173,8 +168,8 @@ def create(
             flags |= libvirt.VIR_DOMAIN_START_VALIDATE if validate else 0
             name: str = connection.native.createXML(_text(domain), flags).name()
     except BaseException:
-        if made and plan is not None and plan.state.path is not None:
-            statefile.remove(Path(plan.state.path))  # no guest has written to it
+        if made is not None:
+            statefile.remove(made)  # no guest has written to it
         raise
     return name
 

@@ -17,10 +17,9 @@ from igvmfw.commandline import (
 from igvmfw.errors import DomainError, RefusedError
 from igvmfw.platforms import Platform
 from igvmfw.select import Choice
-from igvmfw.state import Plan
 from igvmfw.virt.document import canonical, indent, insert, remove
 from igvmfw.virt.domain import IGVM, Domain, Request, is_request, only, place
-from igvmfw.virt.record import File, OnChange, Part, Record
+from igvmfw.virt.record import File, OnChange, Part, Record, State
 
 # names and aliases of q35 and i440fx machines, Ubuntu's aliases included: the machine types that
 # have the property igvm-cfg (hw/i386/pc.c of QEMU 10.2)
@@ -36,13 +35,11 @@ class Rewritten:
         domain: The domain that libvirt takes.
         changes: What was filled in beyond the firmware itself.
         warnings: What the user should know before starting it.
-        plan: The state that the firmware's vTPM is to have; None for firmware that keeps none.
     """
 
     domain: Domain
     changes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-    plan: Plan | None = None
 
 
 def request_of(domain: Domain) -> Request | None:
@@ -91,7 +88,7 @@ def rewrite(
     *,
     lock_memory: bool = True,
     on_change: OnChange | None = None,
-    plan: Plan | None = None,
+    state: State | None = None,
 ) -> Rewritten:
     """Give a domain the chosen file, in a form that unmodified libvirt takes.
 
@@ -102,7 +99,7 @@ def rewrite(
             runs unprivileged.
         on_change: What a start does when the file is another by then; None leaves it as recorded,
             which is to refuse where nothing is.
-        plan: The state that the vTPM in the file is to have; None for a file that keeps none.
+        state: Where the vTPM in the file keeps its state; None for a file that keeps none.
     Raises:
         RefusedError: The domain has something that QEMU does not take beside an IGVM file.
         DomainError: The domain asks for no IGVM firmware, or contradicts itself.
@@ -128,9 +125,9 @@ def rewrite(
     if lock_memory and choice.platform in _PINNED:
         changes += _lock_memory(result, record)
     set_file(result, record, argument)
-    set_state(result, record, None if plan is None else plan.state)
-    if plan is not None and plan.state.path is not None:
-        changes.append(f"the firmware's vTPM keeps its state in {plan.state.path}")
+    set_state(result, record, state)
+    if state is not None and state.path is not None:
+        changes.append(f"the firmware's vTPM keeps its state in {state.path}")
     record.set_file(
         File(
             path=choice.path,
@@ -147,7 +144,6 @@ def rewrite(
         domain=result,
         changes=tuple(changes),
         warnings=(*choice.warnings, *_warnings(result, choice)),
-        plan=plan,
     )
 
 

@@ -7,7 +7,6 @@ again; so no record has to be kept of it, and it is found again after anything t
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
 
 from igvmfw import cocoonfs
@@ -17,21 +16,6 @@ from igvmfw.qemu import svsmdisk
 from igvmfw.qemu.descriptor import StorageInterface, VtpmStorage
 from igvmfw.virt.domain import Domain
 from igvmfw.virt.record import Record, State
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """The state that a domain's firmware is to have.
-
-    Attributes:
-        state: What QEMU is told, and the record keeps.
-        size: Of the file, in bytes.
-        template: The file that it starts as; None for a disk that the firmware formats by itself.
-    """
-
-    state: State
-    size: int
-    template: str | None = None
 
 
 def path_of(directory: Path, uuid: str) -> Path:
@@ -50,7 +34,7 @@ def path_of(directory: Path, uuid: str) -> Path:
 
 def plan(
     domain: Domain, storage: VtpmStorage, directory: Path | None, *, planes: bool = False
-) -> Plan:
+) -> State:
     """What firmware that keeps its vTPM's state needs.
 
     Args:
@@ -63,7 +47,7 @@ def plan(
         DomainError: The domain's UUID is none.
     """
     if storage.interface is StorageInterface.PFLASH:
-        return Plan(state=State(interface=storage.interface), size=storage.size_bytes)
+        return State(interface=storage.interface, size=storage.size_bytes)
     svsmdisk.check_format(storage.format)
     if storage.template is None:
         cocoonfs.check_size(storage.size_bytes)
@@ -75,9 +59,13 @@ def plan(
     uuid = domain.uuid
     if uuid is None:
         raise UsageError("a domain without UUID cannot have a vTPM's state")
-    path = str(path_of(directory, uuid))
-    state = State(interface=storage.interface, path=path, planes=planes)
-    return Plan(state=state, size=storage.size_bytes, template=storage.template)
+    return State(
+        interface=storage.interface,
+        size=storage.size_bytes,
+        path=str(path_of(directory, uuid)),
+        template=storage.template,
+        planes=planes,
+    )
 
 
 def recorded(domain: Domain) -> State | None:

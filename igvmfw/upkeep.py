@@ -11,7 +11,6 @@ from igvmfw.errors import EmulatorError, IgvmfwError, OutputError, RefusedError
 from igvmfw.platforms import Platform
 from igvmfw.qemu import emulator, svsmdisk
 from igvmfw.qemu.descriptor import VtpmStorage
-from igvmfw.state import Plan
 from igvmfw.virt.domain import Domain
 from igvmfw.virt.host import Connection
 from igvmfw.virt.record import State
@@ -25,16 +24,18 @@ class Place:
         directory: Where guests keep their states there; None when it is not known.
         emulator: The QEMU that will run it, where it is known and can be asked from here.
         root: The root directory that the descriptor's files are in.
+        uuid: For a domain without; None for a new one.
     """
 
     directory: Path | None = None
     emulator: Path | None = None
     root: Path = rooted.HOST
+    uuid: str | None = None
 
 
 def plan_for(
     domain: Domain, platform: Platform, storage: VtpmStorage, where: Place
-) -> tuple[Domain, Plan]:
+) -> tuple[Domain, State]:
     """Plan the state of a domain, which gets a UUID where it has none: the file is named by it.
 
     Args:
@@ -51,7 +52,7 @@ def plan_for(
         storage = replace(storage, template=str(template))
     if domain.uuid is None:
         domain = domain.copy()
-        domain.add_uuid(str(uuid.uuid4()))
+        domain.add_uuid(where.uuid or str(uuid.uuid4()))
     planes = platform is Platform.SEV_SNP and _has_planes(domain, where.emulator)
     return domain, state.plan(domain, storage, where.directory, planes=planes)
 
@@ -64,37 +65,65 @@ def _has_planes(domain: Domain, path: Path | None) -> bool:
     return False
 
 
-def make(connection: Connection, domain: Domain, plan: Plan | None) -> bool:
+def unfinished(connection: Connection, domain: Domain) -> str | None:
+    """The UUID of a domain whose definition was interrupted before its vTPM's state was made.
+
+    libvirt gave it the UUID, so that its XML, defined again as it is, would be another domain of
+    the same name, which libvirt refuses.
+
+    Args:
+        connection: Where the domain is.
+        domain: What is to be defined.
+    Returns:
+        None where there is no such domain, or where that cannot be seen.
+    """
+    if connection.is_remote or domain.uuid is not None or domain.name is None:
+        return None
+    with contextlib.suppress(IgvmfwError, PermissionError):
+        text: str = connection.find(domain.name).XMLDesc(0)
+        found = Domain.parse(text.encode())
+        kept = state.recorded(found)
+        if kept is not None and kept.path is not None:
+            state.check_domain(found, kept)
+            if statefile.look(Path(kept.path)) is None:
+                return found.uuid
+    return None
+
+
+def make(connection: Connection, domain: Domain) -> Path | None:
     """Make the state that was planned for a domain, where it has none yet.
 
     Args:
         connection: Where the domain is.
         domain: What `prepare` gave.
-        plan: What `prepare` planned.
     Returns:
-        Whether it was made.
+        The file, where it was made.
     Raises:
         OutputError: The file cannot be made, above all on another host.
         RefusedError: Something is in the file's place that is no state.
         InputError: The descriptor's template cannot be read.
     """
-    if plan is None or plan.state.path is None:
-        return False
+    kept = state.recorded(domain)
+    if kept is None or kept.path is None:
+        return None
+    state.check_domain(domain, kept)
     if connection.is_remote:
         raise OutputError(
             f"the state of {domain.name}'s vTPM cannot be made on another host from here",
-            where=plan.state.path,
+            where=kept.path,
             hint="the domain starts once it is there: define it on that host with igvmfw, or put "
             "a state there",
         )
     salt = os.urandom(cocoonfs.SALT_SIZE)
-    return statefile.make(
-        Path(plan.state.path),
-        size=plan.size,
-        initial=cocoonfs.creation_header(plan.size, salt),
-        template=None if plan.template is None else Path(plan.template),
+    path = Path(kept.path)
+    made = statefile.make(
+        path,
+        size=kept.size,
+        initial=cocoonfs.creation_header(kept.size, salt),
+        template=None if kept.template is None else Path(kept.template),
         owner=connection.owner(domain),
     )
+    return path if made else None
 
 
 def check(connection: Connection, domain: Domain) -> None:

@@ -30,6 +30,8 @@ from igvmfw.launch import (
 )
 from igvmfw.qemu import catalog
 from igvmfw.rewrite import Rewritten, as_request, convert, request_of, restore
+from igvmfw.state import recorded as state_of
+from igvmfw.upkeep import unfinished
 from igvmfw.virt.document import MAX_BYTES
 from igvmfw.virt.domain import Domain
 from igvmfw.virt.host import Connection, connect
@@ -159,7 +161,7 @@ def _define(args: argparse.Namespace) -> int:
         if args.print_xml:
             return _print_xml(rewritten)
         _report(rewritten)
-        name = define(connection, rewritten.domain, validate=args.validate, plan=rewritten.plan)
+        name = define(connection, rewritten.domain, validate=args.validate)
         try:
             check_emulator(connection, rewritten.domain)
         except EmulatorError as error:
@@ -180,13 +182,7 @@ def _create(args: argparse.Namespace) -> int:
         if args.print_xml:
             return _print_xml(rewritten)
         _report(rewritten)
-        name = create(
-            connection,
-            rewritten.domain,
-            paused=args.paused,
-            validate=args.validate,
-            plan=rewritten.plan,
-        )
+        name = create(connection, rewritten.domain, paused=args.paused, validate=args.validate)
     _done(args, rewritten.domain, name, "created")
     return 0
 
@@ -264,9 +260,7 @@ def _redefine(
         args.on_change = former.on_change  # the request that was edited does not show it
     rewritten = _prepare(Domain.parse(edited), args, connection)
     _report(rewritten)
-    return define(
-        connection, rewritten.domain, validate=not args.skip_validate, plan=rewritten.plan
-    )
+    return define(connection, rewritten.domain, validate=not args.skip_validate)
 
 
 def _run_editor(path: str) -> None:
@@ -313,6 +307,10 @@ def _dumpxml(args: argparse.Namespace) -> int:
         )
     sys.stdout.flush()
     sys.stdout.buffer.write(as_request(domain).write())
+    sys.stdout.flush()
+    state = state_of(domain)
+    if state is not None and state.path is not None:
+        note(f"the firmware's vTPM keeps its state in {state.path}")
     return 0
 
 
@@ -402,6 +400,7 @@ def _prepare(domain: Domain, args: argparse.Namespace, connection: Connection | 
             on_change=None if args.on_change is None else OnChange(args.on_change),
             states=state_directory(None if connection is None else connection.uri),
             remote=connection is not None and connection.is_remote,
+            uuid=None if connection is None else unfinished(connection, domain),
         )
         return prepare(domain, options, capabilities=capabilities)
 
@@ -452,7 +451,10 @@ def _done(args: argparse.Namespace, domain: Domain, name: str, verb: str) -> Non
             "descriptor": file.descriptor,
             "measurement": file.measurement,
         }
-        emit_json({"domain": name, "igvm": igvm})
+        state = state_of(domain)
+        emit_json(
+            {"domain": name, "igvm": igvm, "vtpm_state": None if state is None else state.path}
+        )
     else:
         emit(f"Domain '{name}' {verb}")
         if file is not None:

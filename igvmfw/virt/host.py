@@ -36,6 +36,10 @@ _REMEDIES = (
         r"socket path.*too long",
         "use a shorter directory for the embedded driver: QEMU's sockets lie below it",
     ),
+    (
+        r"domain '.*' already exists with uuid",
+        "to define that domain anew, put its <uuid> into the XML; igvmfw dumpxml shows it",
+    ),
     (r"Failed to connect socket", "start libvirtd or virtqemud, or give another URI with -c"),
     (r"does not accept value 'igvm-cfg'", "this QEMU has no IGVM: name another in <emulator>"),
     (

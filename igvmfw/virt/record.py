@@ -6,7 +6,8 @@ libvirt keeps one top element per namespace in `<metadata>` and does not look in
     <igvmfw:domain xmlns:igvmfw='urn:igvmfw:domain:1' made='metadata commandline' policy='0x3'>
       <igvmfw:file path='…' sha256='…' platform='sev' descriptor='…' measurement='…'
                    on-change='warn'/>
-      <igvmfw:state interface='virtio-blk-mmio' path='…' planes='yes'/>
+      <igvmfw:state interface='virtio-blk-mmio' size='8388608' path='…' template='…'
+                    planes='yes'/>
       <igvmfw:request firmware='igvm'>
         <igvmfw:taken index='1'><firmware>…</firmware></igvmfw:taken>
       </igvmfw:request>
@@ -34,6 +35,7 @@ from igvmfw.virt.domain import Domain, only, place
 
 NAMESPACE = "urn:igvmfw:domain:1"
 _HEX = re.compile(r"[0-9a-f]+")
+_SIZE = re.compile(r"[1-9][0-9]{0,15}")
 _POLICY = re.compile(r"0x[0-9a-f]{1,16}")
 
 
@@ -82,12 +84,16 @@ class State:
 
     Attributes:
         interface: How the firmware reaches it, in the descriptor's word.
+        size: Of the file, in bytes.
         path: The file; None where QEMU cannot give the firmware such an interface.
+        template: The file that it starts as; None for one that the firmware formats by itself.
         planes: Whether QEMU is told which plane of the guest it belongs to.
     """
 
     interface: str
+    size: int
     path: str | None = None
+    template: str | None = None
     planes: bool = False
 
 
@@ -187,12 +193,16 @@ class Record:
         element = only(self.element, _tag("state"))
         if element is None:
             return None
-        interface, path = element.get("interface"), element.get("path")
-        if not interface or not (path is None or path.startswith("/")):
+        interface, size = element.get("interface"), element.get("size", "")
+        path, template = element.get("path"), element.get("template")
+        absolute = all(name is None or name.startswith("/") for name in (path, template))
+        if not interface or not _SIZE.fullmatch(size) or not absolute:
             raise _damaged(element)
         return State(
             interface=interface,
+            size=int(size),
             path=path,
+            template=template,
             planes=element.get("planes") == "yes",
         )
 
@@ -203,7 +213,9 @@ class Record:
             return
         element = self._part("state")
         _set(element, "interface", state.interface)
+        _set(element, "size", str(state.size))
         _set(element, "path", state.path)
+        _set(element, "template", state.template)
         _set(element, "planes", "yes" if state.planes else None)
 
     @property

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -11,19 +12,21 @@ from pathlib import Path
 import pytest
 
 from igvmfw.qemu import svsmdisk
-
 from tests.system.vtpm import SIZE, Host, arguments, domain, emulator, firmware, uuid_in
 
 ID = "6ecf0a42-5b5b-4c0b-9d5e-1f1f0a9e0001"
 
 
+@pytest.fixture(scope="module")
+def slots(igvm_qemu: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An emulator that can give an SVSM its disk; one, as libvirt takes seconds to ask each."""
+    return emulator(tmp_path_factory.mktemp("emulator"), igvm_qemu)
+
+
 @pytest.fixture
-def host(
-    uri: str, embed_root: Path, igvm_qemu: Path, ovmf: Path, tmp_path: Path, kvm: None
-) -> Host:
+def host(uri: str, embed_root: Path, slots: Path, ovmf: Path, tmp_path: Path, kvm: None) -> Host:
     firmware(tmp_path / "root", ovmf)
-    qemu = emulator(embed_root, igvm_qemu)
-    return Host(uri=uri, embedded=embed_root, root=tmp_path / "root", qemu=qemu, work=tmp_path)
+    return Host(uri=uri, embedded=embed_root, root=tmp_path / "root", qemu=slots, work=tmp_path)
 
 
 def test_define_makes_the_state(host: Host) -> None:
@@ -62,7 +65,7 @@ entries = catalog.load(catalog.search_path(Path(root), user=False), Path(root)).
 with connect(uri) as connection:
     options = Options(entries=entries, root=Path(root), states=Path(states))
     made = prepare(Domain.parse(Path(xml).read_bytes()), options)
-    define(connection, made.domain, plan=made.plan)
+    define(connection, made.domain)
 """
 
 
@@ -72,7 +75,7 @@ def test_qemu_has_exactly_that_file(host: Host, name: str) -> None:
     directory = host.work / name
     xml = host.work / "guest.xml"
     xml.write_text(domain(host.qemu, id_=ID))
-    script = [sys.executable, "-c", DEFINE, host.uri, host.root, directory, xml]
+    script = [sys.executable, "-c", DEFINE, host.uri, *map(str, (host.root, directory, xml))]
     subprocess.run(script, check=True, timeout=60)
     state = directory / host.state(ID).name
     started = host.run("start", "--paused", "guest")
@@ -308,13 +311,13 @@ def test_firmware_that_keeps_its_state_in_pflash(
 
 
 def test_the_template_is_what_it_starts_as(
-    uri: str, embed_root: Path, igvm_qemu: Path, ovmf: Path, tmp_path: Path
+    uri: str, embed_root: Path, slots: Path, ovmf: Path, tmp_path: Path
 ) -> None:
     template = tmp_path / "root/usr/share/svsm/state.raw"
     storage = {"interface": "virtio-blk-mmio", "format": "raw", "size-bytes": 1 << 20,
                "template": "/usr/share/svsm/state.raw"}  # fmt: skip
     firmware(tmp_path / "root", ovmf, storage=storage)
-    qemu = emulator(embed_root, igvm_qemu)
+    qemu = slots
     host = Host(uri=uri, embedded=embed_root, root=tmp_path / "root", qemu=qemu, work=tmp_path)
     missing = host.define(domain(qemu, id_=ID))
     assert missing.code == 3
@@ -330,3 +333,45 @@ def test_the_template_is_what_it_starts_as(
     assert large.code == 1
     assert str(template) in large.err
     assert os.listdir(host.states) == []
+
+
+INTERRUPTED = """\
+import os, signal, sys
+from igvmfw import launch, upkeep
+from igvmfw.cli import main
+
+upkeep.make = lambda *rest: os.kill(os.getpid(), signal.SIGKILL)
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("id_", [ID, None], ids=["with UUID", "without"])
+def test_an_interrupted_define_is_taken_up(host: Host, id_: str | None) -> None:
+    xml = host.work / "guest.xml"
+    xml.write_text(domain(host.qemu, id_=id_))
+    words = ["define", "-c", host.uri, "--root", str(host.root), str(xml)]
+    killed = subprocess.run([sys.executable, "-c", INTERRUPTED, *words], check=False, timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    first = uuid_in(host.defined())
+    assert not host.states.exists()
+    refused = host.run("start", "guest")
+    assert refused.code == 3
+    assert "igvmfw define" in refused.err
+
+    again = host.define(domain(host.qemu, id_=id_))
+    assert again.code == 0, again.err
+    assert uuid_in(host.defined()) == first
+    assert os.listdir(host.states) == [host.state(first).name]
+    assert host.run("start", "--paused", "guest").code == 0
+    # one whose state is there is another domain, as for virsh
+    if id_ is None:
+        other = host.define(domain(host.qemu))
+        assert other.code == 4
+        assert "already exists with uuid" in other.err
+        assert "<uuid>" in other.err
+
+
+def test_json_and_dumpxml_name_the_file(host: Host) -> None:
+    defined = host.define(domain(host.qemu, id_=ID), "--json")
+    assert json.loads(defined.out)["vtpm_state"] == str(host.state(ID))
+    assert str(host.state(ID)) in host.run("dumpxml", "guest").err
