@@ -1,7 +1,9 @@
 """The state of a vTPM with real libvirt and real QEMU: made, given to QEMU, kept, removed."""
 
+import grp
 import json
 import os
+import pwd
 import signal
 import stat
 import subprocess
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from igvmfw.qemu import svsmdisk
+from tests.parts import need
 from tests.system.vtpm import SIZE, Host, arguments, domain, emulator, firmware, uuid_in
 
 ID = "6ecf0a42-5b5b-4c0b-9d5e-1f1f0a9e0001"
@@ -49,6 +52,29 @@ def test_define_makes_the_state(host: Host) -> None:
         "-drive", f"file={state},format=raw,if=none,id=svsm_storage,cache=none",
         "-device", "virtio-blk-device,drive=svsm_storage",
     ]  # fmt: skip
+
+
+def test_the_state_belongs_to_the_user_that_qemu_runs_as(host: Host) -> None:
+    user = next((name for name in ("libvirt-qemu", "qemu") if _exists(name)), None)
+    need(user is not None and os.geteuid() == 0, "root, and the user libvirt-qemu")
+    configuration = host.embedded / "etc/qemu.conf"
+    text = configuration.read_text()
+    assert 'user = "root"' in text
+    configuration.write_text(text.replace('user = "root"', f'user = "{user}"'))
+    assert host.define(domain(host.qemu, id_=ID)).code == 0
+    info = host.state(ID).stat()
+    assert pwd.getpwuid(info.st_uid).pw_name == user
+    assert grp.getgrgid(info.st_gid).gr_name == "root"  # as qemu.conf says
+    assert host.states.stat().st_uid == 0
+    # a domain's own word counts more
+    label = "<seclabel type='static' model='dac' relabel='no'><label>+1:+2</label></seclabel>"
+    assert host.define(domain(host.qemu, id_=ID, more=label)).code == 0
+    info = host.state(ID).stat()
+    assert (info.st_uid, info.st_gid) == (1, 2)
+
+
+def _exists(name: str) -> bool:
+    return any(entry.pw_name == name for entry in pwd.getpwall())
 
 
 # a directory that the API is told of: libvirt's own do not take every name, least a comma
