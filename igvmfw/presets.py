@@ -5,7 +5,8 @@ itself tells always wins; a preset only adds what no file can tell: the machine 
 support, and how the build logs.
 
 Sources: Fedora's edk2 package (OVMF.igvm, made of OVMF_CODE_4M.fd, whose own descriptor has
-verbose-dynamic); COCONUT-SVSM's documentation (coconut-qemu.igvm, run on q35).
+verbose-dynamic); COCONUT-SVSM's documentation (coconut-qemu.igvm, run on q35).  Whether a build of
+that keeps its vTPM's state, its feature `cocoonfs`, is off by default and told by the file.
 """
 
 import functools

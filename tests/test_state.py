@@ -17,6 +17,7 @@ from igvmfw.virt.document import canonical
 from igvmfw.virt.domain import Domain
 from igvmfw.virt.keeping import owner, state_directory
 from igvmfw.virt.record import State
+from tests.privilege import without_privilege
 
 ID = "6ecf0a42-5b5b-4c0b-9d5e-1f1f0a9e0001"
 STATE = State(interface="virtio-blk-mmio", size=8 << 20, path=f"/s/libvirt-{ID}.raw")
@@ -180,14 +181,18 @@ def test_where_states_are(monkeypatch: pytest.MonkeyPatch) -> None:
     session = Path("/home/u/conf/libvirt/qemu/igvmfw")
     assert state_directory("qemu:///system") == system
     assert state_directory("qemu+ssh://root@host/system") == system
-    assert state_directory("qemu:///session") == session
+    with without_privilege():
+        assert state_directory("qemu:///session") == session
+        assert state_directory(None) == session
     assert state_directory("qemu+ssh://host/session") is None
     assert state_directory("qemu:///embed?root=/r") == Path("/r/lib/qemu/igvmfw")
-    assert state_directory(None) == (system if os.geteuid() == 0 else session)
+    if os.geteuid() == 0:  # whose own session is the system's driver
+        assert state_directory("qemu:///session") == state_directory(None) == system
     monkeypatch.setenv("XDG_CONFIG_HOME", "relative")
     monkeypatch.setenv("HOME", "/home/u")
-    expected = Path("/home/u/.config/libvirt/qemu/igvmfw")
-    assert state_directory("qemu:///session") == expected
+    with without_privilege():
+        expected = Path("/home/u/.config/libvirt/qemu/igvmfw")
+        assert state_directory("qemu:///session") == expected
 
 
 # as libvirt 9.0 prints it, shortened to what is read

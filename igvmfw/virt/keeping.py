@@ -38,9 +38,10 @@ def state_directory(uri: str | None) -> Path | None:
     if root is not None:
         return root / "lib/qemu" / FOLDER
     parts = urlsplit(uri)
-    if parts.path != "/session":
-        return SYSTEM / FOLDER
-    return None if parts.hostname else _of_user()
+    if parts.path == "/session" and parts.hostname:
+        return None
+    # root's own session is the system's driver in another process: it has its directories
+    return _of_user() if parts.path == "/session" and os.geteuid() != 0 else SYSTEM / FOLDER
 
 
 def _of_user() -> Path:
