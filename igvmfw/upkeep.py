@@ -12,7 +12,7 @@ from igvmfw.platforms import Platform
 from igvmfw.qemu import emulator, svsmdisk
 from igvmfw.qemu.descriptor import VtpmStorage
 from igvmfw.virt.domain import Domain
-from igvmfw.virt.host import Connection
+from igvmfw.virt.host import Connection, translated
 from igvmfw.virt.record import State
 
 
@@ -80,7 +80,9 @@ def unfinished(connection: Connection, domain: Domain) -> str | None:
     if connection.is_remote or domain.uuid is not None or domain.name is None:
         return None
     with contextlib.suppress(IgvmfwError, PermissionError):
-        text: str = connection.find(domain.name).XMLDesc(0)
+        native = connection.find(domain.name)
+        with translated():
+            text: str = native.XMLDesc(0)
         found = Domain.parse(text.encode())
         kept = state.recorded(found)
         if kept is not None and kept.path is not None:
@@ -121,7 +123,8 @@ def make(connection: Connection, domain: Domain) -> Path | None:
         size=kept.size,
         initial=cocoonfs.creation_header(kept.size, salt),
         template=None if kept.template is None else Path(kept.template),
-        owner=connection.owner(domain),
+        # only root can give files away, and asking can have libvirt look at every emulator
+        owner=connection.owner(domain) if os.geteuid() == 0 else None,
     )
     return path if made else None
 
