@@ -36,7 +36,7 @@ PRESET = "by the preset for the file that distributions ship at this place"
 UNTAKEN = (Platform.TDX,)  # up to QEMU 11.0
 
 # COCONUT-SVSM keeps its state on one raw virtio-mmio disk; its documentation makes 8 MiB
-# (Documentation/docs/installation/INSTALL.md)
+# (Documentation/docs/developer/PERSISTENCE.md, "Setup/Testing")
 COCONUT_STORAGE = VtpmStorage(
     interface=StorageInterface.VIRTIO_BLK_MMIO, format="raw", size_bytes=8 << 20
 )

@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from igvmfw import files, preflight, rooted
+from igvmfw import files, preflight, rooted, statefile, upkeep
+from igvmfw.commandline import object_argument
 from igvmfw.errors import EmulatorError, IgvmfwError, LibvirtError, UsageError
 from igvmfw.igvm.image import IgvmFile
 from igvmfw.igvm.measure import MEASURED, launch_digest
 from igvmfw.qemu.catalog import Entry
-from igvmfw.rewrite import Rewritten, as_request, object_argument, request_of, rewrite
+from igvmfw.rewrite import Rewritten, as_request, request_of, rewrite
 from igvmfw.select import Candidate, Choice, choose, confirm
 from igvmfw.virt.domain import Domain, Request
 from igvmfw.virt.host import Capabilities, Connection, translated
@@ -27,12 +28,18 @@ class Options:
         root: The root directory that the descriptors' files are in.
         lock_memory: Let SEV and SEV-ES guests lock their memory.
         on_change: What a start does when the file is another by then; None leaves it as recorded.
+        states: Where guests keep the state of their vTPMs; None when it is not known.
+        remote: Whether the domain will run on another host, whose QEMU cannot be asked from here.
+        uuid: For a domain without, where its vTPM's state needs one; None for a new one.
     """
 
     entries: Sequence[Entry] = ()
     root: Path = rooted.HOST
     lock_memory: bool = True
     on_change: OnChange | None = None
+    states: Path | None = None
+    remote: bool = False
+    uuid: str | None = None
 
 
 def prepare(
@@ -64,7 +71,19 @@ def prepare(
         candidate = dataclasses.replace(candidate, path=str(path))
     object_argument(candidate.path)  # a path that QEMU will not get is not opened here either
     choice = read(candidate, request, domain)
-    return rewrite(domain, choice, lock_memory=options.lock_memory, on_change=options.on_change)
+    state = None
+    if candidate.storage is not None:
+        stated = domain.emulator or (capabilities and capabilities.emulator)
+        where = upkeep.Place(
+            directory=options.states,
+            emulator=Path(stated) if stated and not options.remote else None,
+            root=options.root,
+            uuid=options.uuid,
+        )
+        domain, state = upkeep.plan_for(domain, choice.platform, candidate.storage, where)
+    return rewrite(
+        domain, choice, lock_memory=options.lock_memory, on_change=options.on_change, state=state
+    )
 
 
 def read(candidate: Candidate, request: Request, domain: Domain) -> Choice:
@@ -98,18 +117,28 @@ def read(candidate: Candidate, request: Request, domain: Domain) -> Choice:
 def define(connection: Connection, domain: Domain, *, validate: bool = False) -> str:
     """Define a prepared domain; returns its name.
 
+    A state that its vTPM is to have is made last: an interruption leaves no state without domain,
+    and defining the domain again goes on from there.
+
     Args:
         connection: Where.
         domain: What `prepare` gave.
         validate: Let libvirt check the XML against its schema.
     Raises:
         LibvirtError: libvirt refuses it.
+        OutputError: The domain is defined, but its vTPM's state cannot be made.
+        RefusedError: The domain is defined, but something else is in the place of the state.
     """
     with translated(f"domain '{domain.name}'"):
         import libvirt
 
         flags = libvirt.VIR_DOMAIN_DEFINE_VALIDATE if validate else 0
         name: str = connection.native.defineXMLFlags(_text(domain), flags).name()
+    try:
+        upkeep.make(connection, domain)
+    except IgvmfwError as error:
+        error.message = f"{name} is defined, but will not start: {error.message}"
+        raise
     return name
 
 
@@ -118,6 +147,8 @@ def create(
 ) -> str:
     """Start a prepared domain that is gone when it stops; returns its name.
 
+    A state that its vTPM keeps stays then, for the next domain with this UUID.
+
     Args:
         connection: Where.
         domain: What `prepare` gave.
@@ -125,15 +156,23 @@ def create(
         validate: Let libvirt check the XML against its schema.
     Raises:
         IgvmfwError: Whatever `check_start` finds, before libvirt is asked.
+        OutputError: The vTPM's state cannot be made.
+        RefusedError: Something else is in the place of the state.
         LibvirtError: libvirt or QEMU refuses it.
     """
-    check_start(connection, domain)
-    with translated(f"domain '{domain.name}'"):
-        import libvirt
+    made = upkeep.make(connection, domain)
+    try:
+        check_start(connection, domain)
+        with translated(f"domain '{domain.name}'"):
+            import libvirt
 
-        flags = libvirt.VIR_DOMAIN_START_PAUSED if paused else 0
-        flags |= libvirt.VIR_DOMAIN_START_VALIDATE if validate else 0
-        name: str = connection.native.createXML(_text(domain), flags).name()
+            flags = libvirt.VIR_DOMAIN_START_PAUSED if paused else 0
+            flags |= libvirt.VIR_DOMAIN_START_VALIDATE if validate else 0
+            name: str = connection.native.createXML(_text(domain), flags).name()
+    except BaseException:
+        if made is not None:
+            statefile.remove(made)  # no guest has written to it
+        raise
     return name
 
 
@@ -226,14 +265,19 @@ def undefine(
     Args:
         connection: Where.
         name: The domain's name or UUID.
-        nvram: Remove the file of UEFI variables (True) or keep it (False), where there is one.
+        nvram: Remove the file of UEFI variables and the state of the firmware's vTPM (True) or
+            keep them (False), where there are any.
         managed_save: Remove a saved state.
         snapshots_metadata: Remove what libvirt knows of snapshots.
         checkpoints_metadata: Remove what libvirt knows of checkpoints.
     Raises:
         LibvirtError: There is no such domain, or libvirt refuses.
+        RefusedError: The vTPM has a state, and `nvram` does not say what shall become of it.
+        OutputError: The state cannot be removed from here.
     """
     native = connection.find(name)
+    kept = upkeep.find(connection, fetch(connection, name, inactive=True))
+    upkeep.check_undefine(name, kept, nvram=nvram)
     with translated(f"domain '{name}'"):
         import libvirt
 
@@ -250,6 +294,8 @@ def undefine(
         )
         removed: str = native.name()
         native.undefineFlags(flags)
+    if nvram and kept is not None:
+        statefile.remove(kept.path)  # last: libvirt may refuse
     return removed
 
 
@@ -277,11 +323,16 @@ def check_start(
         domain: What `prepare` gave, or what libvirt has of it.
         warn: Gets what does not stop the start.
     Raises:
-        RefusedError: The file changed, QEMU would not take it, or the host cannot do the platform.
-        InputError: The file is missing, unreadable or damaged, or the domain's record is.
-        EmulatorError: The emulator does not take IGVM files.
+        RefusedError: The file changed, QEMU would not take it, the host cannot do the platform, or
+            the vTPM's state is not the domain's.
+        InputError: The file is missing, unreadable or damaged, or the domain's record is, or the
+            vTPM's state is missing.
+        EmulatorError: The emulator does not take IGVM files, or cannot give the vTPM its state.
     """
-    if recorded(domain) is None or connection.is_remote:
+    if recorded(domain) is None:
+        return
+    if connection.is_remote:
+        upkeep.check(domain, here=False)
         return
     emulator = domain.emulator
     if emulator is None:

@@ -8,8 +8,10 @@ from igvmfw import launch, rooted
 from igvmfw.errors import IgvmfwError
 from igvmfw.qemu import catalog
 from igvmfw.rewrite import Rewritten, request_of
+from igvmfw.upkeep import unfinished
 from igvmfw.virt.domain import Domain
 from igvmfw.virt.host import Connection
+from igvmfw.virt.keeping import state_directory
 from igvmfw.virt.record import OnChange
 
 
@@ -65,7 +67,13 @@ def prepare(
     found = catalog.load(catalog.search_path(root, user=user), root)
     warnings += [str(problem) for problem in found.problems]
     options = launch.Options(
-        entries=found.entries, root=root, lock_memory=lock_memory, on_change=on_change
+        entries=found.entries,
+        root=root,
+        lock_memory=lock_memory,
+        on_change=on_change,
+        states=state_directory(None if connection is None else connection.uri),
+        remote=connection is not None and connection.is_remote,
+        uuid=None if connection is None else unfinished(connection, domain),
     )
     try:
         rewritten = launch.prepare(domain, options, capabilities=capabilities)

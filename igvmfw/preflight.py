@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from igvmfw import __version__, files
+from igvmfw import __version__, files, state, upkeep
 from igvmfw.check import check_image
+from igvmfw.commandline import object_argument
 from igvmfw.errors import IgvmfwError, OutputError, RefusedError
 from igvmfw.findings import Guest, Severity
 from igvmfw.igvm.image import IgvmFile
@@ -21,7 +22,6 @@ from igvmfw.machine import check_host
 from igvmfw.platforms import Platform
 from igvmfw.qemu.acceptance import RELEASES, acceptance_of
 from igvmfw.qemu.emulator import may_run, probe
-from igvmfw.rewrite import object_argument
 from igvmfw.virt.domain import Domain
 from igvmfw.virt.record import File, OnChange, Record
 
@@ -104,14 +104,16 @@ def check_start(
         cache: What was found before; None looks at everything anew.
     Raises:
         RefusedError: The file changed, QEMU would not take it, or the host cannot do the platform.
-        InputError: The file is missing, unreadable or damaged, or the domain's record is.
-        EmulatorError: The emulator does not take IGVM files.
+        InputError: The file is missing, unreadable or damaged, or the domain's record is, or the
+            state of its vTPM is missing.
+        EmulatorError: The emulator does not take IGVM files, or cannot give the vTPM its state.
     """
     record = Record.find(domain)
     file = None if record is None else record.file
     if file is None:
         return
     _check_argument(domain, file)
+    upkeep.check(domain)
     security = domain.security
     platform = Platform.NATIVE if security is None else security.platform
     check_host(platform, root)
@@ -128,7 +130,7 @@ def check_start(
             path=file.path,
             sha256=sha256,
             platform=platform,
-            guest=Guest(vcpus=domain.vcpus, memory=domain.memory),
+            domain=domain,
             emulator=None if path is None else Path(path),
         )
         judged.check(cache)
@@ -166,7 +168,7 @@ class _Judged:
     path: str
     sha256: str
     platform: Platform
-    guest: Guest
+    domain: Domain
     emulator: Path | None
 
     def check(self, cache: Cache | None) -> None:
@@ -176,9 +178,11 @@ class _Judged:
             "igvmfw": __version__,
             "sha256": self.sha256,
             "platform": self.platform.value,
-            "vcpus": self.guest.vcpus,
-            "memory": self.guest.memory,
+            "vcpus": self.domain.vcpus,
+            "memory": self.domain.memory,
             "emulator": identity,
+            "machine": self.domain.os.machine,
+            "state": state.recorded(self.domain) is not None,
         }
         known = cache if identity is not None else None
         if known is not None and known.has(key):
@@ -193,7 +197,9 @@ class _Judged:
             found = probe(self.emulator)
             found.require_igvm()
             release = acceptance_of(found.version)
-        for finding in check_image(self.image, self.platform, release, self.guest):
+            upkeep.check_emulator(self.domain, self.emulator)
+        guest = Guest(vcpus=self.domain.vcpus, memory=self.domain.memory)
+        for finding in check_image(self.image, self.platform, release, guest):
             if finding.severity is Severity.ERROR:
                 at = "" if finding.header_index is None else f": {finding.where}"
                 raise RefusedError(

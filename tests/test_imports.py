@@ -17,8 +17,8 @@ GROUND = "errors platforms files resources rooted machine".split()
 SIDES = "igvm qemu virt".split()  # know nothing of each other
 JOINS = (
     "images findings describe presets provenance check_context check inventory install refresh "
-    "select verdict rewrite preflight state launch manager hook verify report memorymap drawing "
-    "textmap doctor"
+    "select verdict commandline cocoonfs state statefile rewrite upkeep preflight launch manager "
+    "hook verify report memorymap drawing textmap doctor"
 ).split()
 ORDER = [*GROUND, *SIDES, *JOINS, "cli", "__main__"]
 PROGRAMS = ("cli", "__main__", "hook")  # libvirt starts the hook as a program of its own

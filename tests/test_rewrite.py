@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from lxml import etree
 
+from igvmfw.commandline import object_argument
 from igvmfw.errors import DomainError, IgvmfwError, RefusedError
 from igvmfw.platforms import Platform
-from igvmfw.rewrite import as_request, convert, object_argument, request_of, restore, rewrite
+from igvmfw.rewrite import as_request, convert, request_of, restore, rewrite
 from igvmfw.select import Choice
 from igvmfw.virt.document import canonical
 from igvmfw.virt.domain import COMMANDLINE, Domain

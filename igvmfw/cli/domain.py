@@ -27,6 +27,7 @@ from igvmfw.launch import (
 )
 from igvmfw.manager import prepare
 from igvmfw.rewrite import Rewritten, as_request, convert, restore
+from igvmfw.state import recorded as state_of
 from igvmfw.virt.document import MAX_BYTES
 from igvmfw.virt.domain import Domain
 from igvmfw.virt.host import Connection, connect
@@ -306,6 +307,9 @@ def _dumpxml(args: argparse.Namespace) -> int:
             migratable=args.migratable,
         )
     emit_bytes(as_request(domain).write())
+    state = state_of(domain)
+    if state is not None and state.path is not None:
+        note(f"the firmware's vTPM keeps its state in {state.path}")
     return 0
 
 
@@ -314,9 +318,12 @@ def _undefine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("domain", metavar="DOMAIN", help="its name or UUID")
     nvram = parser.add_mutually_exclusive_group()
     nvram.add_argument(
-        "--nvram", action="store_true", default=None, help="remove the file of UEFI variables"
+        "--nvram",
+        action="store_true",
+        default=None,
+        help="remove the file of UEFI variables, and the state of the firmware's vTPM",
     )
-    nvram.add_argument("--keep-nvram", dest="nvram", action="store_false", help="keep it")
+    nvram.add_argument("--keep-nvram", dest="nvram", action="store_false", help="keep them")
     parser.add_argument("--managed-save", action="store_true", help="remove a saved state")
     parser.add_argument(
         "--snapshots-metadata", action="store_true", help="remove what is known of snapshots"
@@ -417,7 +424,10 @@ def _done(args: argparse.Namespace, domain: Domain, name: str, verb: str) -> Non
             "descriptor": file.descriptor,
             "measurement": file.measurement,
         }
-        emit_json({"domain": name, "igvm": igvm})
+        state = state_of(domain)
+        emit_json(
+            {"domain": name, "igvm": igvm, "vtpm_state": None if state is None else state.path}
+        )
     else:
         emit(f"Domain '{name}' {verb}")
         if file is not None:

@@ -16,7 +16,8 @@ from igvmfw.install import FIRST_TOLERANT_LIBVIRT, find_libvirt
 from igvmfw.inventory import Row, take
 from igvmfw.platforms import Platform
 from igvmfw.qemu.catalog import QEMU_DIRECTORY, Catalog, State, load, search_path
-from igvmfw.report import payload_dict, payload_text
+from igvmfw.qemu.descriptor import Descriptor, IgvmMapping
+from igvmfw.report import payload_dict, payload_text, size_text
 
 if TYPE_CHECKING:  # lxml is for --for alone
     from igvmfw.select import Candidate
@@ -255,10 +256,20 @@ def _path(candidate: "Candidate | None") -> str | None:
     return None if candidate is None else candidate.path
 
 
+def _storage(descriptor: Descriptor) -> str:
+    mapping = descriptor.mapping
+    if not isinstance(mapping, IgvmMapping) or mapping.vtpm_storage is None:
+        return ""
+    storage = mapping.vtpm_storage
+    return f", keeps its vTPM's state: {storage.interface}, {size_text(storage.size_bytes)}"
+
+
 def _verdict_line(verdict: "Verdict") -> str:
     descriptor = verdict.entry.descriptor
     if verdict.chosen and descriptor is not None:
-        return f"* {verdict.entry.name}: chosen, {descriptor.mapping.filename}"
+        return (
+            f"* {verdict.entry.name}: chosen, {descriptor.mapping.filename}{_storage(descriptor)}"
+        )
     return f"  {verdict.entry.name}: {'; '.join(verdict.reasons)}"
 
 

@@ -25,6 +25,7 @@ TIMEOUT = 20.0  # seconds; it answers in some milliseconds, on a loaded host lat
 _MAX_ANSWER = 1 << 16  # bytes
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _VERSION = re.compile(r"QEMU emulator version (\d+)\.(\d+)(?:\.(\d+))?")
+_PROPERTY = re.compile(r"^\s+([\w.-]+)=<", re.M)
 _REMEDY = "IGVM needs QEMU 10.1 or newer built with libigvm: Fedora's and openSUSE's packages are"
 
 # where distributions put an emulator that is not in PATH: Fedora's and RHEL's, older Debian's
@@ -142,6 +143,30 @@ def host_acceptance(path: Path | None = None) -> Acceptance:
         if emulator.igvm:
             return acceptance_of(emulator.version)
     return RELEASES[-1]
+
+
+def machine_properties(path: Path, machine: str | None) -> frozenset[str]:
+    """The properties that a machine type has in an emulator.
+
+    Source: `-machine TYPE,help` (system/vl.c, machine_help_func), one `name=<type>` to a line.
+
+    Args:
+        path: The binary, or a script that runs one.
+        machine: The machine type or its alias; None for QEMU's default on x86.
+    Raises:
+        EmulatorError: It cannot be run, does not answer in time, or has no such machine.
+    """
+    name = (machine or "pc").replace(",", ",,")
+    answer = run_bounded(path, "-machine", f"{name},help", seconds=TIMEOUT)
+    if answer.returncode != 0 or "-machine options:" not in answer.stdout:
+        # to an unknown machine type it answers with the list of those it has, and exit status 0
+        why = f": {_first_line(answer)}" if answer.returncode else ""
+        raise EmulatorError(
+            f"has no machine type {machine or 'pc'!r}{why}",
+            where=str(path),
+            hint="use a machine type that -machine help lists",
+        )
+    return frozenset(_PROPERTY.findall(answer.stdout))
 
 
 def run_bounded(path: Path, *arguments: str, seconds: float) -> subprocess.CompletedProcess[str]:

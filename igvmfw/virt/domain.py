@@ -24,10 +24,12 @@ _XML_SPACE = " \t\r\n"
 _HEXADECIMAL = re.compile(r"(0[xX])?0*[0-9a-fA-F]{1,16}")  # as libvirt's schema has it
 # what libvirt itself writes before an element that may have to be made (virDomainDefFormat)
 _BEFORE = {
+    "uuid": ("name",),
     "metadata": ("name", "uuid", "genid", "title", "description"),
     "memoryBacking": ("maxMemory", "memory", "currentMemory", "blkiotune", "memtune"),
     "policy": ("cbitpos", "reducedPhysBits"),
 }
+_UUID = re.compile("[0-9a-f]{32}")
 _UNITS: Mapping[str, int] = {
     "b": 1,
     "bytes": 1,
@@ -266,6 +268,30 @@ class Domain:
     def name(self) -> str | None:
         """The domain's name."""
         return self.root.findtext("name")
+
+    @property
+    def uuid(self) -> str | None:
+        """The domain's UUID as libvirt spells it: lower case, with hyphens.
+
+        Raises:
+            DomainError: It is none that libvirt takes.
+        """
+        element = only(self.root, "uuid")
+        if element is None:
+            return None
+        text = (element.text or "").strip()
+        digits = text.replace("-", "").lower()
+        if not _UUID.fullmatch(digits):
+            raise DomainError(
+                f"{text[:60]!r} is no UUID", where=place(element), hint="write one as uuidgen does"
+            )
+        return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
+
+    def add_uuid(self, uuid: str) -> None:
+        """Give a domain without UUID one, where libvirt itself puts it."""
+        element = etree.Element("uuid")
+        element.text = uuid
+        insert(self.root, _after(self.root, _BEFORE["uuid"]), element)
 
     @property
     def os(self) -> Os:

@@ -11,8 +11,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from igvmfw.errors import LibvirtError
-from igvmfw.virt import embedded
+from igvmfw.virt import embedded, keeping
 from igvmfw.virt.document import Document
+from igvmfw.virt.domain import Domain
 
 _LOG_VARIABLES = ("LIBVIRT_DEBUG", "LIBVIRT_LOG_FILTERS", "LIBVIRT_LOG_OUTPUTS")
 _CAP_SYS_RESOURCE = 24  # linux/capability.h
@@ -34,6 +35,10 @@ _REMEDIES = (
     (
         r"socket path.*too long",
         "use a shorter directory for the embedded driver: QEMU's sockets lie below it",
+    ),
+    (
+        r"domain '.*' already exists with uuid",
+        "to define that domain anew, put its <uuid> into the XML; igvmfw dumpxml shows it",
     ),
     (r"Failed to connect socket", "start libvirtd or virtqemud, or give another URI with -c"),
     (
@@ -176,6 +181,21 @@ class Connection:
         with translated():
             xml: str = self.native.getDomainCapabilities(emulator, "x86_64", machine, kind, 0)
         return Capabilities.parse(xml)
+
+    @property
+    def state_directory(self) -> Path | None:
+        """Where guests keep the state of their vTPMs; None where only the host itself knows."""
+        return keeping.state_directory(self.uri)
+
+    def owner(self, domain: Domain) -> tuple[int, int] | None:
+        """The user and group that a domain's QEMU runs as; None for the one that runs libvirt.
+
+        Raises:
+            DomainError: The domain names a user or group that this host does not have.
+        """
+        with translated():
+            xml: str = self.native.getCapabilities()
+        return keeping.owner(domain, xml)
 
     def find(self, name: str) -> Any:
         """A domain by its UUID or name, as virsh finds it.

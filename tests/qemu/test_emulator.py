@@ -31,6 +31,22 @@ def test_an_emulator_with_igvm(igvm_qemu: Path) -> None:
     probed.require_igvm()
 
 
+def test_properties_of_a_machine(igvm_qemu: Path) -> None:
+    found = shutil.which("qemu-system-x86_64")
+    need(found is not None, "qemu-system-x86_64 in PATH")
+    ours = emulator.machine_properties(igvm_qemu, "q35")
+    assert {"igvm-cfg", "confidential-guest-support", "vmport"} <= ours
+    theirs = emulator.machine_properties(Path(str(found)), None)
+    assert {"confidential-guest-support", "vmport"} <= theirs
+    assert "igvm-cfg" not in emulator.machine_properties(igvm_qemu, "microvm")
+    # COCONUT-SVSM's QEMU alone has it, and its output has the same form
+    for properties in (ours, theirs):
+        assert "x-svsm-virtio-mmio" not in properties
+    for machine in ("no-such", "q35,help", "-version"):
+        with pytest.raises(EmulatorError, match="has no machine type"):
+            emulator.machine_properties(igvm_qemu, machine)
+
+
 def test_find_follows_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     for directory in (first, second):

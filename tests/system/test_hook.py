@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from igvmfw import statefile
 from igvmfw.qemu import emulator
 from tests.parts import need
+from tests.system import vtpm
 from tests.system.daemons import Daemon, install_hook
 from tests.system.guests import domain, igvmfw, wrap
 from tests.testbed.standin import make_emulator
@@ -267,3 +269,90 @@ def test_what_a_foreign_domain_pays(
             f"\nthe hook takes {cheap:.1f} ms for a foreign domain of {len(foreign) >> 10} KiB, "
             f"{dear:.0f} ms for one with an IGVM file of {native.stat().st_size >> 20} MiB"
         )
+
+
+# a way to a daemon as ssh is one
+RELAY = """\
+#!/usr/bin/python3
+import os, select, socket
+peer = socket.socket(socket.AF_UNIX)
+peer.connect({socket!r})
+while True:
+    for ready in select.select([0, peer], [], [])[0]:
+        data = os.read(0, 65536) if ready == 0 else peer.recv(65536)
+        if not data:
+            raise SystemExit
+        peer.sendall(data) if ready == 0 else os.write(1, data)
+"""
+VTPM_ID = "6ecf0a42-5b5b-4c0b-9d5e-1f1f0a9e0001"
+
+
+@pytest.fixture
+def with_state(daemon: Daemon, igvm_qemu: Path, ovmf: Path, tmp_path: Path) -> Path:
+    """The state of a defined domain's vTPM, where the daemon's guests keep it."""
+    vtpm.firmware(tmp_path / "root", ovmf)
+    xml = tmp_path / "guest.xml"
+    xml.write_text(vtpm.domain(vtpm.emulator(tmp_path, igvm_qemu), id_=VTPM_ID))
+    # the daemon has a /var of its own, in which only rewrite's output can be used
+    made = tmp_path / "made.xml"
+    rewritten = igvmfw("rewrite", "--root", tmp_path / "root", "-o", made, xml)
+    assert rewritten.code == 0, rewritten.err
+    assert daemon.virsh("define", "--validate", made).err == ""
+    state = daemon.root / f"var/lib/libvirt/qemu/igvmfw/libvirt-{VTPM_ID}.raw"
+    shutil.rmtree(state.parent, ignore_errors=True)
+    return state
+
+
+@HERE_ALONE
+def test_the_state_of_a_vtpm(daemon: Daemon, with_state: Path) -> None:
+    inner = f"/var/lib/libvirt/qemu/igvmfw/{with_state.name}"
+    assert refused(daemon).startswith(f"{inner}: the state of guest's vTPM is missing (")
+    statefile.make(with_state, size=vtpm.SIZE, initial=b"CCFSMKFS")
+    assert daemon.virsh("start", "--paused", "guest").err == ""
+    answer = daemon.virsh("qemu-monitor-command", "guest", '{"execute":"query-block"}').out
+    assert f'"file":"{inner}"' in answer
+    assert daemon.virsh("destroy", "guest").code == 0
+    with_state.rename(with_state.with_suffix(".bak"))
+    with_state.symlink_to(with_state.with_suffix(".bak").name)
+    assert "is a link or no regular file" in refused(daemon)
+
+
+@HERE_ALONE
+def test_an_emulator_that_cannot_give_a_vtpm_its_state(
+    daemon: Daemon, with_state: Path, igvm_qemu: Path, tmp_path: Path
+) -> None:
+    statefile.make(with_state, size=vtpm.SIZE, initial=b"CCFSMKFS")
+    text = daemon.virsh("dumpxml", "--inactive", "guest").out
+    xml = tmp_path / "other.xml"
+    xml.write_text(re.sub("<emulator>.*</emulator>", f"<emulator>{igvm_qemu}</emulator>", text))
+    assert daemon.virsh("define", xml).err == ""
+    said = refused(daemon)
+    assert said.startswith(f"{igvm_qemu}: the machine pc-q35-")
+    assert "x-svsm-virtio-mmio" in said
+
+
+@HERE_ALONE
+def test_the_state_of_a_vtpm_on_another_host(
+    daemon: Daemon, with_state: Path, tmp_path: Path
+) -> None:
+    """A URI with a host's name is another host to igvmfw, whatever lies behind it."""
+    relay = tmp_path / "relay"
+    relay.write_text(RELAY.format(socket=str(daemon.root / "run/libvirt/libvirt-sock")))
+    relay.chmod(0o755)
+    uri = f"qemu+ext://elsewhere/system?command={relay}"
+    shown = igvmfw("dumpxml", "-c", uri, "guest")
+    assert shown.code == 0, shown.err
+    xml = tmp_path / "shown.xml"
+    xml.write_text(shown.out)
+    defined = igvmfw("define", "-c", uri, "--root", tmp_path / "root", xml)
+    assert defined.code == 4
+    assert "guest is defined, but will not start: the state of guest's vTPM cannot be made" in (
+        defined.err
+    )
+    assert with_state.name in defined.err
+    assert not with_state.exists()
+    assert igvmfw("undefine", "-c", uri, "guest").code == 1
+    refused_ = igvmfw("undefine", "-c", uri, "--nvram", "guest")
+    assert refused_.code == 4
+    assert "--keep-nvram" in refused_.err
+    assert igvmfw("undefine", "-c", uri, "--keep-nvram", "guest").code == 0
