@@ -56,7 +56,9 @@ def write_descriptor(root: Path, storage: dict[str, object], filename: str = "/s
 def emulator(directory: Path, *properties: str) -> Path:
     """An emulator as far as asking for its machine goes."""
     path = directory / "qemu"
-    lines = "echo 'pc-q35-machine options:'\n" + "".join(f"echo '  {name}=<bool> - text'\n" for name in properties)
+    lines = "echo 'pc-q35-machine options:'\n" + "".join(
+        f"echo '  {name}=<bool> - text'\n" for name in properties
+    )
     path.write_text(f'#!/bin/sh\n[ "$*" = "-machine q35,help" ] || exit 1\n{lines}')
     path.chmod(0o755)
     return path
