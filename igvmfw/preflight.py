@@ -20,7 +20,7 @@ from igvmfw.findings import Guest, Severity
 from igvmfw.igvm.image import IgvmFile
 from igvmfw.machine import check_host
 from igvmfw.platforms import Platform
-from igvmfw.qemu.acceptance import RELEASES, acceptance_of
+from igvmfw.qemu.acceptance import ANY_RELEASE, acceptance_of
 from igvmfw.qemu.emulator import may_run, probe
 from igvmfw.virt.domain import Domain
 from igvmfw.virt.record import File, OnChange, Record
@@ -192,7 +192,7 @@ class _Judged:
             known.add(key)
 
     def _judge(self) -> None:
-        release = RELEASES[-1]
+        release = ANY_RELEASE
         if self.emulator is not None and may_run(self.emulator):
             found = probe(self.emulator)
             found.require_igvm()
