@@ -6,7 +6,7 @@ BIN := .venv/bin
 TESTBED := tests/testbed
 PACKAGES := $(TESTBED)/packages.sh
 
-.PHONY: help demo test check lint types venv packages qemu testbed fuzz pictures clean
+.PHONY: help demo test check lint types venv packages qemu testbed deb rpm fuzz pictures clean
 .DEFAULT_GOAL := help
 
 help: ## say what can be made
@@ -38,7 +38,7 @@ $(BIN)/.installed: pyproject.toml | packages
 	    "igvmfw needs Python 3.11 or newer: make PYTHON=python3.11 …")'
 	@echo "making the virtual environment .venv" >&2
 	@$(PYTHON) -m venv --prompt igvmfw .venv
-	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,libvirt]'
+	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[completion,dev,libvirt]'
 	@touch $@
 
 packages:
@@ -49,12 +49,22 @@ qemu: packages ## a QEMU that takes IGVM files: the distribution's, or one built
 
 # the parts that only tests need
 testbed: venv qemu ## everything the tests need, built into ~/.cache/igvmfw
-	@$(PACKAGES) rust roots
+	@$(PACKAGES) words rust roots
+	@for release in $$($(TESTBED)/build-qemu.sh --releases); do \
+	    $(TESTBED)/build-qemu.sh $$release >/dev/null || exit; done
 	@PATH="$$($(TESTBED)/rust.sh):$$PATH" && \
 	    $(TESTBED)/peers.sh >/dev/null && $(TESTBED)/reference.sh >/dev/null
 	@for suite in $$($(TESTBED)/roots.sh --suites); do \
 	    $(TESTBED)/roots.sh $$suite >/dev/null || exit; done
+	@for kind in $$($(TESTBED)/package-roots.sh --kinds); do \
+	    $(TESTBED)/package-roots.sh $$kind >/dev/null || exit; done
 	@$(BIN)/python -c 'from tests.testbed.standin import build_library; build_library()'
+
+deb: ## igvmfw's Debian packages, into dist (needs what packaging/debian/control names)
+	@packaging/build-deb dist
+
+rpm: ## igvmfw's RPM packages, into dist (needs rpmbuild and what the spec file names)
+	@packaging/build-rpm dist
 
 # atheris has wheels for x86-64 and some versions of Python; without it hypothesis does
 fuzz: venv ## look for files that igvmfw does not cope with, for FUZZ_SECONDS (600)

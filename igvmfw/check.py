@@ -73,7 +73,11 @@ def check_image(
 
 
 def refuses(findings: list[Finding]) -> bool:
-    """Whether one of them stops the launch."""
+    """Whether one of them stops the launch.
+
+    Args:
+        findings: Of a check.
+    """
     return any(finding.severity is Severity.ERROR for finding in findings)
 
 
@@ -105,7 +109,7 @@ class _Check:
 
     def run(self) -> Iterator[Finding]:
         """All findings, in the order QEMU would come across them."""
-        for result in self._choose_platform():
+        for result in (*self._choose_platform(), *self._launched()):
             yield self._finding(result, None)
         if not self._mask:
             return
@@ -179,6 +183,26 @@ class _Check:
             "not describe a compatible supported platform'",
             f"use a file made for {self._platform}",
         )
+
+    def _launched(self) -> Iterator[Result]:
+        """Whether the release gets through a launch of the platform at all."""
+        if self._platform not in (Platform.SEV, Platform.SEV_ES) or self._qemu.sev_launch:
+            return
+        said = "'LAUNCH_UPDATE … Guest state is invalid'"
+        if self._qemu.sev_launch is None:
+            yield warning(
+                "sev-launch",
+                f"QEMU 11.0 cannot launch {self._platform} guests from an IGVM file, older "
+                "releases can; of newer ones it is not known",
+                f"where a launch fails with {said}, use QEMU 10.1 or 10.2",
+            )
+        else:
+            yield error(
+                "sev-launch",
+                f"{self._qemu.name} has the launch of {self._platform} guests measured before it "
+                f"loads the IGVM file, which the processor then refuses: {said}",
+                "use QEMU 10.1 or 10.2, or a SEV-SNP guest",
+            )
 
     def _header(self, header: AnyHeader) -> Iterator[Result]:
         if isinstance(header, RawHeader) or header.type & OPTIONAL_BIT:
@@ -316,12 +340,12 @@ class _Check:
     def _parameter(self, header: Parameter) -> Iterator[Result]:
         size = self._areas.get(header.parameter_area_index, 0)
         name = type_name(header.type)
-        if header.type == HeaderType.MEMORY_MAP:
+        if header.type in (HeaderType.MEMORY_MAP, HeaderType.MADT):
             if header.byte_offset:
                 yield warning(
                     "parameter-offset",
-                    f"QEMU writes the memory map at the area's begin, not at {header.byte_offset}",
-                    "place the memory map first in its area",
+                    f"QEMU writes {name} at the area's begin, not at {header.byte_offset}",
+                    "place it first in its area",
                 )
             return
         if header.byte_offset + 4 > size:
@@ -375,6 +399,8 @@ class _Check:
         if len(self._image.file_data) == 0:
             yield unparsable("no file data")
         if self._platform is Platform.SEV_SNP:
+            if not self._policy and self._qemu.keeps_policy:
+                return  # the domain's own counts
             if self._policy is None:
                 yield error(
                     "policy-missing",

@@ -31,11 +31,12 @@ from igvmfw.qemu.schema import Profile, known_features, known_interfaces
 ARCHITECTURE = "x86_64"
 MACHINE_FAMILIES = ("pc-q35-", "pc-i440fx-")
 UEFI = "uefi"
+SVSM = "svsm"  # the protocol between an SVSM and its SEV-SNP guest
 PRESET = "by the preset for the file that distributions ship at this place"
 UNTAKEN = (Platform.TDX,)  # up to QEMU 11.0
 
 # COCONUT-SVSM keeps its state on one raw virtio-mmio disk; its documentation makes 8 MiB
-# (Documentation/docs/installation/INSTALL.md)
+# (Documentation/docs/developer/PERSISTENCE.md, "Setup/Testing")
 COCONUT_STORAGE = VtpmStorage(
     interface=StorageInterface.VIRTIO_BLK_MMIO, format="raw", size_bytes=8 << 20
 )
@@ -70,7 +71,12 @@ class Stated:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reason:
-    """Why something is in a descriptor, or is left out of it."""
+    """Why something is in a descriptor, or is left out of it.
+
+    Attributes:
+        item: The member, or the feature.
+        text: The reason, for people.
+    """
 
     item: str
     text: str
@@ -78,7 +84,12 @@ class Reason:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
-    """A descriptor and the reasons for what it says."""
+    """A descriptor and the reasons for what it says.
+
+    Attributes:
+        descriptor: The descriptor.
+        reasons: Why it is as it is.
+    """
 
     descriptor: Descriptor
     reasons: tuple[Reason, ...]
@@ -114,7 +125,11 @@ def describe(
     stated, preset = stated or Stated(), preset or Stated()
     _check_usable(image)
     reasons: list[Reason] = []
-    interfaces = _interfaces(payloads, stated, preset, reasons)
+    interfaces = stated.interface_types
+    if interfaces:
+        _check_interfaces(interfaces, reasons)
+    else:
+        interfaces = _interfaces(image, payloads, preset, profile, reasons)
     found = _platform_features(image)
     found |= _vtpm_feature(payloads, profile, reasons)
     found |= _uefi_features(payloads, facts, reasons)
@@ -148,28 +163,40 @@ def _check_usable(image: IgvmFile) -> None:
         )
 
 
+def _check_interfaces(stated: Sequence[str], reasons: list[Reason]) -> None:
+    known = known_interfaces()
+    for interface in stated:
+        if interface not in known:
+            raise UsageError(
+                f"unknown interface type {interface!r}", hint=f"known: {', '.join(known)}"
+            )
+    reasons += [Reason(item=item, text="stated") for item in stated]
+
+
 def _interfaces(
-    payloads: Sequence[Payload], stated: Stated, preset: Stated, reasons: list[Reason]
+    image: IgvmFile,
+    payloads: Sequence[Payload],
+    preset: Stated,
+    profile: Profile,
+    reasons: list[Reason],
 ) -> tuple[str, ...]:
-    if stated.interface_types:
-        known = known_interfaces()
-        for interface in stated.interface_types:
-            if interface not in known:
-                raise UsageError(
-                    f"unknown interface type {interface!r}", hint=f"known: {', '.join(known)}"
-                )
-        reasons += [Reason(item=item, text="stated") for item in stated.interface_types]
-        return stated.interface_types
-    if not payloads or any(payload.firmware is None for payload in payloads):
-        if preset.interface_types:
-            reasons += [Reason(item=item, text=PRESET) for item in preset.interface_types]
-            return preset.interface_types
+    if payloads and all(payload.firmware is not None for payload in payloads):
+        found = {UEFI: "the file carries OVMF, a UEFI firmware"}
+    elif preset.interface_types:
+        found = dict.fromkeys(preset.interface_types, PRESET)
+    else:
         raise UsageError(
             "cannot tell which interface the firmware has for the guest: no OVMF in the file",
             hint="firmware.json requires it: state it with --interface uefi (or bios, …)",
         )
-    reasons.append(Reason(item=UEFI, text="the file carries OVMF, a UEFI firmware"))
-    return (UEFI,)
+    carried = bool(payloads) and all(payload.svsm for payload in payloads)
+    if carried and Platform.SEV_SNP in image.supported:
+        found[SVSM] = f"{payloads[0].svsm} in the file speaks the SVSM protocol with SEV-SNP guests"
+    if profile is Profile.UPSTREAM and (why := found.pop(SVSM, None)):
+        why = f"left out: {why}, but firmware.json has a word for it since QEMU 11.0 only"
+        reasons.append(Reason(item=SVSM, text=why))
+    reasons += [Reason(item=item, text=text) for item, text in found.items()]
+    return tuple(found)
 
 
 def _platform_features(image: IgvmFile) -> dict[str, str]:

@@ -17,8 +17,14 @@ class Severity(StrEnum):
 class Finding:
     """One thing about a file that matters for its launch.
 
-    `header_index` counts all variable headers from 0, None where no header is at fault;
-    `file_offset` is in bytes.
+    Attributes:
+        rule: Its name in docs/check.md.
+        severity: What it means for the launch.
+        platform: The guest's.
+        header_index: Counts all variable headers from 0; None where no header is at fault.
+        file_offset: Of that header, in bytes.
+        message: What is the matter, for people.
+        remedy: What to do about it, for people.
     """
 
     rule: str
@@ -39,7 +45,12 @@ class Finding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guest:
-    """What is known of the guest; None where it is not. Memory is in bytes."""
+    """What is known of the guest; None where it is not.
+
+    Attributes:
+        vcpus: Its virtual processors.
+        memory: In bytes.
+    """
 
     vcpus: int | None = None
     memory: int | None = None

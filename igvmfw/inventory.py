@@ -4,7 +4,7 @@ Files are opened and read here; a file that cannot be read becomes a state, neve
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -52,14 +52,24 @@ class Row:
     payload: Payload | None = None
 
 
-def take(found: Catalog, root: Path = rooted.HOST) -> tuple[Row, ...]:
+def take(
+    found: Catalog,
+    root: Path = rooted.HOST,
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Row, ...]:
     """Look at the file of every descriptor.
 
     Args:
         found: The catalogue, whose order is kept.
         root: The root directory that descriptors' paths are seen in.
+        progress: Told how many are done, of how many.
     """
-    return tuple(_row(entry, root) for entry in found.entries)
+    rows = []
+    for entry in found.entries:
+        rows.append(_row(entry, root))
+        progress(len(rows), len(found.entries))
+    return tuple(rows)
 
 
 def _row(entry: Entry, root: Path) -> Row:

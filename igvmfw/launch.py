@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from igvmfw import files, rooted
-from igvmfw.errors import EmulatorError, IgvmfwError, LibvirtError, RefusedError, UsageError
+from igvmfw import files, preflight, rooted, statefile, upkeep
+from igvmfw.commandline import object_argument
+from igvmfw.errors import EmulatorError, IgvmfwError, LibvirtError, UsageError
 from igvmfw.igvm.image import IgvmFile
 from igvmfw.igvm.measure import MEASURED, launch_digest
-from igvmfw.qemu import emulator
 from igvmfw.qemu.catalog import Entry
-from igvmfw.rewrite import Rewritten, as_request, object_argument, request_of, rewrite
+from igvmfw.rewrite import Rewritten, as_request, request_of, rewrite
 from igvmfw.select import Candidate, Choice, choose, confirm
 from igvmfw.virt.domain import Domain, Request
 from igvmfw.virt.host import Capabilities, Connection, translated
@@ -28,12 +28,18 @@ class Options:
         root: The root directory that the descriptors' files are in.
         lock_memory: Let SEV and SEV-ES guests lock their memory.
         on_change: What a start does when the file is another by then; None leaves it as recorded.
+        states: Where guests keep the state of their vTPMs; None when it is not known.
+        remote: Whether the domain will run on another host, whose QEMU cannot be asked from here.
+        uuid: For a domain without, where its vTPM's state needs one; None for a new one.
     """
 
     entries: Sequence[Entry] = ()
     root: Path = rooted.HOST
     lock_memory: bool = True
     on_change: OnChange | None = None
+    states: Path | None = None
+    remote: bool = False
+    uuid: str | None = None
 
 
 def prepare(
@@ -54,7 +60,10 @@ def prepare(
     if request is None:
         return Rewritten(domain=domain)
     if capabilities is not None and capabilities.igvm:
-        return Rewritten(domain=as_request(domain))  # libvirt chooses by itself
+        return Rewritten(
+            domain=as_request(domain),
+            changes=("passed on as it stands: this libvirt chooses IGVM firmware itself",),
+        )
     sev_es = None if capabilities is None else capabilities.sev_es
     candidate = choose(request, options.entries, sev_es=sev_es)
     if candidate.descriptor is not None:
@@ -62,7 +71,19 @@ def prepare(
         candidate = dataclasses.replace(candidate, path=str(path))
     object_argument(candidate.path)  # a path that QEMU will not get is not opened here either
     choice = read(candidate, request, domain)
-    return rewrite(domain, choice, lock_memory=options.lock_memory, on_change=options.on_change)
+    state = None
+    if candidate.storage is not None:
+        stated = domain.emulator or (capabilities and capabilities.emulator)
+        where = upkeep.Place(
+            directory=options.states,
+            emulator=Path(stated) if stated and not options.remote else None,
+            root=options.root,
+            uuid=options.uuid,
+        )
+        domain, state = upkeep.plan_for(domain, choice.platform, candidate.storage, where)
+    return rewrite(
+        domain, choice, lock_memory=options.lock_memory, on_change=options.on_change, state=state
+    )
 
 
 def read(candidate: Candidate, request: Request, domain: Domain) -> Choice:
@@ -96,18 +117,28 @@ def read(candidate: Candidate, request: Request, domain: Domain) -> Choice:
 def define(connection: Connection, domain: Domain, *, validate: bool = False) -> str:
     """Define a prepared domain; returns its name.
 
+    A state that its vTPM is to have is made last: an interruption leaves no state without domain,
+    and defining the domain again goes on from there.
+
     Args:
         connection: Where.
         domain: What `prepare` gave.
         validate: Let libvirt check the XML against its schema.
     Raises:
         LibvirtError: libvirt refuses it.
+        OutputError: The domain is defined, but its vTPM's state cannot be made.
+        RefusedError: The domain is defined, but something else is in the place of the state.
     """
     with translated(f"domain '{domain.name}'"):
         import libvirt
 
         flags = libvirt.VIR_DOMAIN_DEFINE_VALIDATE if validate else 0
         name: str = connection.native.defineXMLFlags(_text(domain), flags).name()
+    try:
+        upkeep.make(connection, domain)
+    except IgvmfwError as error:
+        error.message = f"{name} is defined, but will not start: {error.message}"
+        raise
     return name
 
 
@@ -116,22 +147,32 @@ def create(
 ) -> str:
     """Start a prepared domain that is gone when it stops; returns its name.
 
+    A state that its vTPM keeps stays then, for the next domain with this UUID.
+
     Args:
         connection: Where.
         domain: What `prepare` gave.
         paused: Leave the processors stopped.
         validate: Let libvirt check the XML against its schema.
     Raises:
-        EmulatorError: The domain's QEMU cannot take IGVM files.
+        IgvmfwError: Whatever `check_start` finds, before libvirt is asked.
+        OutputError: The vTPM's state cannot be made.
+        RefusedError: Something else is in the place of the state.
         LibvirtError: libvirt or QEMU refuses it.
     """
-    check_emulator(connection, domain)
-    with translated(f"domain '{domain.name}'"):
-        import libvirt
+    made = upkeep.make(connection, domain)
+    try:
+        check_start(connection, domain)
+        with translated(f"domain '{domain.name}'"):
+            import libvirt
 
-        flags = libvirt.VIR_DOMAIN_START_PAUSED if paused else 0
-        flags |= libvirt.VIR_DOMAIN_START_VALIDATE if validate else 0
-        name: str = connection.native.createXML(_text(domain), flags).name()
+            flags = libvirt.VIR_DOMAIN_START_PAUSED if paused else 0
+            flags |= libvirt.VIR_DOMAIN_START_VALIDATE if validate else 0
+            name: str = connection.native.createXML(_text(domain), flags).name()
+    except BaseException:
+        if made is not None:
+            statefile.remove(made)  # no guest has written to it
+        raise
     return name
 
 
@@ -152,10 +193,9 @@ def start(
         paused: Leave the processors stopped.
         bypass_cache: Do not use the host's cache when loading a saved state.
         force_boot: Drop a saved state and boot anew.
-        warn: Gets a message when the file changed and the domain starts nevertheless.
+        warn: Gets what does not stop the start, such as a changed file, or another host.
     Raises:
-        EmulatorError: The domain's QEMU cannot take IGVM files.
-        RefusedError: The IGVM file is not the one the domain was defined with.
+        IgvmfwError: Whatever `check_start` finds, before libvirt is asked.
         LibvirtError: There is no such domain, or libvirt or QEMU refuses it.
     """
     native = connection.find(name)
@@ -170,8 +210,9 @@ def start(
             | (libvirt.VIR_DOMAIN_START_FORCE_BOOT if force_boot else 0)
         )
         domain = Domain.parse(native.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE).encode())
-        check_file(connection, domain, warn=warn)
-        check_emulator(connection, domain)
+        if recorded(domain) is not None and connection.is_remote:
+            warn(f"the IGVM file and QEMU are on {connection.host}: not checked from here")
+        check_start(connection, domain, warn=warn)
         native.createWithFlags(flags)
     return domain
 
@@ -224,14 +265,19 @@ def undefine(
     Args:
         connection: Where.
         name: The domain's name or UUID.
-        nvram: Remove the file of UEFI variables (True) or keep it (False), where there is one.
+        nvram: Remove the file of UEFI variables and the state of the firmware's vTPM (True) or
+            keep them (False), where there are any.
         managed_save: Remove a saved state.
         snapshots_metadata: Remove what libvirt knows of snapshots.
         checkpoints_metadata: Remove what libvirt knows of checkpoints.
     Raises:
         LibvirtError: There is no such domain, or libvirt refuses.
+        RefusedError: The vTPM has a state, and `nvram` does not say what shall become of it.
+        OutputError: The state cannot be removed from here.
     """
     native = connection.find(name)
+    kept = upkeep.find(connection, fetch(connection, name, inactive=True))
+    upkeep.check_undefine(name, kept, nvram=nvram)
     with translated(f"domain '{name}'"):
         import libvirt
 
@@ -248,80 +294,53 @@ def undefine(
         )
         removed: str = native.name()
         native.undefineFlags(flags)
+    if nvram and kept is not None:
+        statefile.remove(kept.path)  # last: libvirt may refuse
     return removed
 
 
 def recorded(domain: Domain) -> File | None:
-    """The IGVM file that a rewritten domain was given; None for any other domain."""
+    """The IGVM file that a rewritten domain was given; None for any other domain.
+
+    Args:
+        domain: Such as `prepare` made it, or libvirt has it.
+    Raises:
+        DomainError: igvmfw's record in the domain is damaged.
+    """
     record = Record.find(domain)
     return None if record is None else record.file
 
 
-def check_file(
+def check_start(
     connection: Connection, domain: Domain, *, warn: Callable[[str], None] = lambda message: None
 ) -> None:
-    """See that a rewritten domain's IGVM file is still the one that was chosen.
+    """See that a prepared domain can be started, as libvirt's hook does.
 
-    A file on another host cannot be looked at; QEMU there reads what it finds.
-
-    Args:
-        connection: Where the domain is.
-        domain: What libvirt has of it.
-        warn: Gets a message when the content changed and the record says to go on then.
-    Raises:
-        InputError: The file is gone or unreadable.
-        RefusedError: Its content changed.
-    """
-    file = recorded(domain)
-    if file is None or connection.is_remote:
-        return
-    with files.mapped(file.path) as content:
-        found = hashlib.sha256(content).hexdigest()
-    changed = changed_file(domain, file, found)
-    if changed is None:
-        return
-    if file.on_change is OnChange.REFUSE:
-        raise changed
-    warn(str(changed))
-
-
-def changed_file(domain: Domain, file: File, sha256: str) -> RefusedError | None:
-    """The error of a file that is no longer the one that was chosen; None when it still is.
+    On another host nothing can be looked at; libvirt and QEMU there find out.
 
     Args:
-        domain: The domain.
-        file: What was recorded of the file.
-        sha256: Of its present content, hexadecimal.
-    """
-    if sha256 == file.sha256:
-        return None
-    return RefusedError(
-        f"the file changed since {domain.name} was defined: its SHA-256 is {sha256}, "
-        f"recorded is {file.sha256}",
-        where=file.path,
-        hint="if the change is meant, define the domain again with igvmfw",
-    )
-
-
-def check_emulator(connection: Connection, domain: Domain) -> None:
-    """See that the QEMU of a rewritten domain takes IGVM files, before a guest is started.
-
-    A QEMU on another host cannot be asked.
-
+        connection: Where the domain is to run.
+        domain: What `prepare` gave, or what libvirt has of it.
+        warn: Gets what does not stop the start.
     Raises:
-        EmulatorError: It is missing, or does not take them.
+        RefusedError: The file changed, QEMU would not take it, the host cannot do the platform, or
+            the vTPM's state is not the domain's.
+        InputError: The file is missing, unreadable or damaged, or the domain's record is, or the
+            vTPM's state is missing.
+        EmulatorError: The emulator does not take IGVM files, or cannot give the vTPM its state.
     """
-    if recorded(domain) is None or connection.is_remote:
+    if recorded(domain) is None:
         return
-    path = domain.emulator
-    if path is None:
-        path = connection.capabilities(
+    if connection.is_remote:
+        upkeep.check(domain, here=False)
+        return
+    emulator = domain.emulator
+    if emulator is None:
+        emulator = connection.capabilities(
             emulator=None, machine=domain.os.machine, kind=domain.type
         ).emulator
-    if path is None:
-        return
     try:
-        emulator.probe(Path(path)).require_igvm()
+        preflight.check_start(domain, emulator=emulator, warn=warn)
     except EmulatorError as error:
         if error.hint:
             error.hint += f"; name another in <emulator> of {domain.name}"

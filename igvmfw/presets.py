@@ -5,13 +5,14 @@ itself tells always wins; a preset only adds what no file can tell: the machine 
 support, and how the build logs.
 
 Sources: Fedora's edk2 package (OVMF.igvm, made of OVMF_CODE_4M.fd, whose own descriptor has
-verbose-dynamic); COCONUT-SVSM's documentation (coconut-qemu.igvm, run on q35).
+verbose-dynamic); COCONUT-SVSM's documentation (coconut-qemu.igvm, run on q35).  Whether a build of
+that keeps its vTPM's state, its feature `cocoonfs`, is off by default and told by the file.
 """
 
 import functools
 from dataclasses import replace
 
-from igvmfw.describe import Stated
+from igvmfw.describe import SVSM, Stated
 from igvmfw.errors import UsageError
 from igvmfw.qemu.descriptor import PLATFORM_FEATURES, VTPM, Descriptor, IgvmMapping
 from igvmfw.resources import load_template, template_names
@@ -44,8 +45,11 @@ def load(name: str, datadir: str = DATADIR) -> Descriptor:
         known = ", ".join(template_names())
         raise UsageError(f"unknown preset {name!r}", hint=f"known: {known}")
     template = Descriptor.parse(load_template(name))
-    filename = template.mapping.filename.replace(_VARIABLE, datadir.rstrip("/"))
-    return replace(template, mapping=IgvmMapping(filename=filename))
+    mapping = template.mapping
+    if not isinstance(mapping, IgvmMapping):
+        raise UsageError(f"the preset {name!r} is of no IGVM file")
+    filename = mapping.filename.replace(_VARIABLE, datadir.rstrip("/"))
+    return replace(template, mapping=replace(mapping, filename=filename))
 
 
 def find(filename: str, datadir: str = DATADIR) -> Descriptor | None:
@@ -55,10 +59,10 @@ def find(filename: str, datadir: str = DATADIR) -> Descriptor | None:
 
 
 def stated(preset: Descriptor) -> Stated:
-    """What a preset says that its file cannot."""
+    """What a preset says that its file cannot; whether there is an SVSM, it can."""
     machines = (machine for target in preset.targets for machine in target.machines)
     return Stated(
-        interface_types=preset.interface_types,
+        interface_types=tuple(i for i in preset.interface_types if i != SVSM),
         features=tuple(f for f in preset.features if f not in _TOLD_BY_FILE),
         machines=tuple(machines),
     )

@@ -2,15 +2,17 @@
 
 What packaging triggers call: a new file gets a descriptor, a changed one a new one, and when a file
 is gone its descriptor goes.  A file whose size and time are those of its descriptor is not opened.
+A file that another descriptor of the same level describes, as its package brought it, gets none.
 """
 
 import contextlib
 import hashlib
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeGuard
 
 from igvmfw import rooted
 from igvmfw.errors import IgvmfwError, InputError
@@ -54,8 +56,10 @@ class _Plan:
     place: Place
     profile: Profile
     everything: bool
-    entries: dict[str, Entry]  # by IGVM file
-    names: set[str]  # file names in use in the place
+    progress: Callable[[int, int], None]
+    # by IGVM file: what an earlier refresh wrote, and nobody edited
+    ours: dict[str, Entry] = field(default_factory=dict)
+    names: set[str] = field(default_factory=set)  # file names in use in the place
     actions: list[Action] = field(default_factory=list)
     problems: list[IgvmfwError] = field(default_factory=list)
 
@@ -72,6 +76,7 @@ def refresh(
     profile: Profile = Profile.IGVMFW,
     everything: bool = False,
     dry_run: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Refreshed:
     """Bring the descriptors of a directory in line with the IGVM files of others.
 
@@ -81,22 +86,48 @@ def refresh(
         profile: What the descriptors may hold.
         everything: Read every file, also one that looks unchanged.
         dry_run: Only say what would be done.
+        progress: Told how many files have been looked at, of how many.
     Raises:
         OutputError: The place cannot be written.
         InputError: A directory is not below the root.
     """
     found, problems = _find_files(place.root, directories)
+    plan = _Plan(place=place, profile=profile, everything=everything, progress=progress)
     if dry_run:
-        plan = _plan(place, found, directories, profile=profile, everything=everything)
+        _plan(plan, found, directories)
     else:
         others = _same_level(place)
         with contextlib.ExitStack() as stack:
             for other in others:
                 stack.enter_context(locked(other, create=False))
             stack.enter_context(locked(place, create=bool(found)))
-            plan = _plan(place, found, directories, profile=profile, everything=everything)
+            _plan(plan, found, directories)
             carry_out(place, plan.actions)
     return Refreshed(actions=tuple(plan.actions), problems=(*problems, *plan.problems))
+
+
+def remove_all(place: Place, *, dry_run: bool = False) -> Refreshed:
+    """Remove what refreshes wrote, as before igvmfw itself is removed; edited descriptors are kept.
+
+    Args:
+        place: A directory; the other ones of its level are emptied, too.
+        dry_run: Only say what would be done.
+    Raises:
+        OutputError: A directory cannot be written.
+    """
+    places = (place, *_same_level(place))
+    with contextlib.ExitStack() as stack:
+        for each in places if not dry_run else ():
+            stack.enter_context(locked(each, create=False))
+        entries = catalog.load([each.directory for each in places], place.root).entries
+        actions = tuple(
+            _removal(entry, entry.descriptor, "written by refresh")
+            for entry in entries
+            if entry.descriptor is not None and find_writer(entry.descriptor) is Writer.REFRESH
+        )
+        if not dry_run:
+            carry_out(place, actions)
+    return Refreshed(actions=actions, problems=())
 
 
 def _same_level(place: Place) -> tuple[Place, ...]:
@@ -163,31 +194,23 @@ def _is_link(root: Path, path: str) -> bool:
     return rooted.resolve(root, path) != root / path.lstrip("/")
 
 
-def _plan(
-    place: Place,
-    found: dict[str, os.stat_result],
-    directories: Sequence[Path],
-    *,
-    profile: Profile,
-    everything: bool,
-) -> _Plan:
+def _plan(plan: _Plan, found: dict[str, os.stat_result], directories: Sequence[Path]) -> None:
+    place = plan.place
     here = catalog.load([place.directory], place.root).entries
-    plan = _Plan(
-        place=place,
-        profile=profile,
-        everything=everything,
-        entries={e.descriptor.mapping.filename: e for e in here if e.descriptor is not None},
-        names={entry.name for entry in here},
-    )
     elsewhere = catalog.load([p.directory for p in _same_level(place)], place.root).entries
-    described = {e.descriptor.mapping.filename: e for e in elsewhere if e.descriptor is not None}
-    for path, info in found.items():
-        other = described.get(path)
-        if other is not None and not _is_ours(other.descriptor):
-            reason = f"describes {path}, and is not refresh's"
-            plan.actions.append(Action(kind=Kind.UNCHANGED, path=other.path, reason=reason))
-            continue
-        _plan_file(plan, path, info)
+    plan.ours = {e.descriptor.mapping.filename: e for e in here if _is_ours(e.descriptor)}
+    plan.names = {entry.name for entry in here}
+    others = {
+        entry.descriptor.mapping.filename: (entry, entry.descriptor)
+        for entry in (*elsewhere, *here)
+        if entry.descriptor is not None and not _is_ours(entry.descriptor)
+    }
+    for done, (path, info) in enumerate(found.items()):
+        plan.progress(done, len(found))
+        if path in others:
+            _plan_others(plan, path, *others[path])
+        else:
+            _plan_file(plan, path, info)
     inner = [rooted.inner(place.root, directory).rstrip("/") + "/" for directory in directories]
     for entry in here:
         _plan_gone(plan, entry, found, inner)
@@ -195,10 +218,9 @@ def _plan(
         if _is_ours(entry.descriptor):
             reason = f"belongs into {place.directory}"
             plan.actions.append(Action(kind=Kind.REMOVE, path=entry.path, reason=reason))
-    return plan
 
 
-def _is_ours(descriptor: Descriptor | None) -> bool:
+def _is_ours(descriptor: Descriptor | None) -> TypeGuard[Descriptor]:
     return (
         descriptor is not None
         and find_writer(descriptor) is Writer.REFRESH
@@ -206,15 +228,20 @@ def _is_ours(descriptor: Descriptor | None) -> bool:
     )
 
 
+def _plan_others(plan: _Plan, path: str, entry: Entry, descriptor: Descriptor) -> None:
+    """Leave a file to the descriptor that somebody else wrote for it."""
+    edited = find_writer(descriptor) is Writer.REFRESH
+    reason = "was edited since igvmfw wrote it" if edited else "is not refresh's"
+    kind = Kind.KEEP if edited else Kind.UNCHANGED
+    reason = f"describes {path}, and {reason}"
+    plan.actions.append(Action(kind=kind, path=entry.path, reason=reason))
+    if path in plan.ours:
+        reason = f"{path} has another descriptor, {entry.path}"
+        plan.actions.append(Action(kind=Kind.REMOVE, path=plan.ours[path].path, reason=reason))
+
+
 def _plan_file(plan: _Plan, path: str, info: os.stat_result) -> None:
-    entry = plan.entries.get(path)
-    if entry is not None and not _is_ours(entry.descriptor):
-        edited = entry.descriptor is not None and find_writer(entry.descriptor) is Writer.REFRESH
-        reason = "was edited since igvmfw wrote it" if edited else "is not refresh's"
-        kind = Kind.KEEP if edited else Kind.UNCHANGED
-        reason = f"describes {path}, and {reason}"
-        plan.actions.append(Action(kind=kind, path=entry.path, reason=reason))
-        return
+    entry = plan.ours.get(path)
     if entry is not None and not plan.everything and _looks_unchanged(entry, info):
         reason = f"{path} looks unchanged"
         plan.actions.append(Action(kind=Kind.UNCHANGED, path=entry.path, reason=reason))
@@ -268,9 +295,12 @@ def _plan_gone(
     with contextlib.suppress(InputError):
         if os.path.lexists(rooted.resolve(plan.place.root, path)):
             return
+    plan.actions.append(_removal(entry, descriptor, f"{path} is gone"))
+
+
+def _removal(entry: Entry, descriptor: Descriptor, reason: str) -> Action:
+    """Remove a descriptor of refresh's, unless somebody edited it."""
     if is_untouched(descriptor):
-        action = Action(kind=Kind.REMOVE, path=entry.path, reason=f"{path} is gone")
-    else:
-        reason = f"{path} is gone, but the descriptor was edited since igvmfw wrote it"
-        action = Action(kind=Kind.KEEP, path=entry.path, reason=reason)
-    plan.actions.append(action)
+        return Action(kind=Kind.REMOVE, path=entry.path, reason=reason)
+    reason += ", but the descriptor was edited since igvmfw wrote it"
+    return Action(kind=Kind.KEEP, path=entry.path, reason=reason)

@@ -4,25 +4,26 @@ libvirt knows no IGVM: the file is named in `<qemu:commandline>`, the request mo
 metadata.  Nothing else changes, rewriting again changes nothing, and `restore` is the inverse.
 """
 
-import json
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from igvmfw.commandline import (
+    check_arguments,
+    object_argument,
+    remove_arguments,
+    set_file,
+    set_state,
+)
 from igvmfw.errors import DomainError, RefusedError
 from igvmfw.platforms import Platform
 from igvmfw.select import Choice
 from igvmfw.virt.document import canonical, indent, insert, remove
-from igvmfw.virt.domain import COMMANDLINE, IGVM, Domain, Request, is_request, only, place
-from igvmfw.virt.record import File, OnChange, Part, Record
+from igvmfw.virt.domain import IGVM, Domain, Request, is_request, only, place
+from igvmfw.virt.record import File, OnChange, Part, Record, State
 
-OBJECT_TYPE = "igvm-cfg"
-OBJECT_ID = "igvm0"
-_MACHINE_VALUE = f"{OBJECT_TYPE}={OBJECT_ID}"
 # names and aliases of q35 and i440fx machines, Ubuntu's aliases included: the machine types that
 # have the property igvm-cfg (hw/i386/pc.c of QEMU 10.2)
 _MACHINES = ("q35", "pc", "ubuntu", "ubuntu-q35")
-_PATH_MAX = 4096  # bytes with the final NUL (linux/limits.h)
 _PINNED = (Platform.SEV, Platform.SEV_ES)
 
 
@@ -41,39 +42,11 @@ class Rewritten:
     warnings: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class _Argument:
-    """An option handed to QEMU, with its value; the elements are as in the domain."""
-
-    option: str
-    value: str
-    position: int
-
-
-def object_argument(path: str) -> str:
-    """The value of `-object` that gives QEMU an IGVM file.
-
-    Args:
-        path: The file; QEMU gets exactly this path.
-    Raises:
-        RefusedError: The path is not absolute, too long, or has characters no path should have.
-    """
-    if not path.startswith("/"):
-        raise RefusedError(f"the path {path!r} is not absolute", hint="name the file from /")
-    if any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in path):
-        raise RefusedError(
-            f"the path {path!r} has control characters, or is no text", hint="rename the file"
-        )
-    if len(path.encode()) >= _PATH_MAX:
-        raise RefusedError("the path is longer than the system allows", where=path[:60] + "…")
-    # a comma is the only character with a meaning in an option's value, and is doubled to mean
-    # itself (docs/system/invocation.rst, "Device and object properties")
-    return f"{OBJECT_TYPE},id={OBJECT_ID},file={path.replace(',', ',,')}"
-
-
 def request_of(domain: Domain) -> Request | None:
     """What a domain asks of IGVM firmware, also when it was rewritten already.
 
+    Args:
+        domain: Any domain; None comes of one that asks for none.
     Raises:
         DomainError: It contradicts itself.
     """
@@ -88,6 +61,9 @@ def convert(domain: Domain, path: str | None = None) -> Domain:
     Args:
         domain: The domain; one that asks for IGVM already keeps its request.
         path: The IGVM file to ask for; None leaves it to the catalogue.
+    Raises:
+        RefusedError: The path is not absolute, too long, or has characters no path should have.
+        DomainError: The domain contradicts itself, or igvmfw's record in it is damaged.
     """
     if path is not None:
         object_argument(path)  # what QEMU could not get is not worth asking for
@@ -98,6 +74,7 @@ def convert(domain: Domain, path: str | None = None) -> Domain:
     record = Record.make(result)
     os = result.os
     if current is None or not record.has(Part.BEFORE):
+        only(os.element, "nvram")  # several are not worth keeping
         record.drop(Part.BEFORE)
         record.take(Part.BEFORE, "loader", "nvram")
     else:
@@ -117,6 +94,7 @@ def rewrite(
     *,
     lock_memory: bool = True,
     on_change: OnChange | None = None,
+    state: State | None = None,
 ) -> Rewritten:
     """Give a domain the chosen file, in a form that unmodified libvirt takes.
 
@@ -127,6 +105,7 @@ def rewrite(
             runs unprivileged.
         on_change: What a start does when the file is another by then; None leaves it as recorded,
             which is to refuse where nothing is.
+        state: Where the vTPM in the file keeps its state; None for a file that keeps none.
     Raises:
         RefusedError: The domain has something that QEMU does not take beside an IGVM file.
         DomainError: The domain asks for no IGVM firmware, or contradicts itself.
@@ -138,7 +117,7 @@ def rewrite(
     ours = former is not None
     _check_machine(result)
     _check_security(result)
-    _check_arguments(result, ours=ours)
+    check_arguments(result, ours=ours)
     asks = is_request(result.os)
     if not asks and not ours:
         raise DomainError("the domain asks for no IGVM firmware", hint="use --igvm to make it ask")
@@ -151,7 +130,10 @@ def rewrite(
     changes = [*_state_policy(result, record, choice)]
     if lock_memory and choice.platform in _PINNED:
         changes += _lock_memory(result, record)
-    _set_arguments(result, record, argument)
+    set_file(result, record, argument)
+    set_state(result, record, state)
+    if state is not None and state.path is not None:
+        changes.append(f"the firmware's vTPM keeps its state in {state.path}")
     record.set_file(
         File(
             path=choice.path,
@@ -176,6 +158,8 @@ def as_request(domain: Domain) -> Domain:
 
     What the domain was before `convert` stays in the metadata.
 
+    Args:
+        domain: Such as libvirt has it.
     Raises:
         DomainError: It got other firmware since, or igvmfw's record is damaged.
     """
@@ -184,12 +168,12 @@ def as_request(domain: Domain) -> Domain:
     result = domain.copy()
     record = Record.make(result)
     if record.file is not None:
-        _remove_arguments(result, record)
+        remove_arguments(result, record)
         _undo_needs(result, record)
     if is_request(result.os):  # a newer request than the recorded one
         record.drop(Part.REQUEST)
     record.give_back(Part.REQUEST)
-    record.drop("file")
+    record.drop("file", "state")
     if not record.has(Part.BEFORE):
         record.remove()
     return result
@@ -198,6 +182,8 @@ def as_request(domain: Domain) -> Domain:
 def restore(domain: Domain) -> Domain:
     """The domain as it was before `rewrite`, and before `convert`; any other domain as it is.
 
+    Args:
+        domain: Such as libvirt has it.
     Raises:
         DomainError: It got other firmware since, or igvmfw's record is damaged.
     """
@@ -261,92 +247,6 @@ def _check_security(domain: Domain) -> None:
             where=where,
             hint="remove kernelHashes, or let the firmware boot the kernel from a disk",
         )
-
-
-def _check_arguments(domain: Domain, *, ours: bool) -> None:
-    conflicts = {"-bios", "-pflash"}
-    for argument in _arguments(domain):
-        option, value = argument.option, argument.value
-        if option in conflicts or (option == "-drive" and ("if", "pflash") in _options(value)):
-            raise RefusedError(
-                f"{option} {value} in <qemu:commandline> beside IGVM firmware",
-                hint=f"remove {option}: the IGVM file brings the firmware",
-            )
-        if option == "-machine":
-            keys = {key for key, _ in _options(value)} & {"pflash0", "pflash1", "firmware"}
-            if keys:
-                raise RefusedError(
-                    f"{option} {value} in <qemu:commandline> beside IGVM firmware",
-                    hint=f"remove {', '.join(sorted(keys))}: the IGVM file brings the firmware",
-                )
-        if _names_igvm(argument) and not (ours and _is_ours(argument)):
-            raise RefusedError(
-                f"{option} {value} in <qemu:commandline> names an IGVM file already",
-                hint="remove it there: igvmfw puts it in",
-            )
-
-
-def _arguments(domain: Domain) -> Iterator[_Argument]:
-    """QEMU's options with their values; an option without one has the next option as value."""
-    values = domain.arguments
-    for position, word in enumerate(values):
-        option = "-" + word.lstrip("-") if word.startswith("-") else ""
-        following = values[position + 1] if position + 1 < len(values) else ""
-        yield _Argument("-machine" if option == "-M" else option, following, position)
-
-
-def _options(text: str) -> list[tuple[str, str]]:
-    """The keys and values of an option's value; the first may come without a key."""
-    if text.startswith("{"):
-        try:
-            parsed = json.loads(text)
-        except (ValueError, RecursionError):
-            return []
-        members = parsed.items() if isinstance(parsed, dict) else ()
-        return [(str(key), str(value)) for key, value in members]
-    # a doubled comma is put aside while the single ones separate; NUL occurs in no XML
-    parts = text.replace(",,", "\0").split(",")
-    pairs = (part.replace("\0", ",").partition("=") for part in parts)
-    return [(key, value) if equals else ("", key) for key, equals, value in pairs]
-
-
-def _names_igvm(argument: _Argument) -> bool:
-    options = _options(argument.value)
-    if argument.option == "-object":
-        return ("", OBJECT_TYPE) in options[:1] or ("qom-type", OBJECT_TYPE) in options
-    return argument.option == "-machine" and any(key == OBJECT_TYPE for key, _ in options)
-
-
-def _is_ours(argument: _Argument) -> bool:
-    if argument.option == "-machine":
-        return argument.value == _MACHINE_VALUE
-    return ("id", OBJECT_ID) in _options(argument.value)
-
-
-def _set_arguments(domain: Domain, record: Record, value: str) -> None:
-    """Name the file: in place where it is named already, at the end otherwise."""
-    named = [a for a in _arguments(domain) if _names_igvm(a)]
-    elements = list(domain.argument_elements())
-    objects = [a for a in named if a.option == "-object"]
-    for argument in objects:
-        elements[argument.position + 1].set("value", value)
-    missing = [] if objects else ["-object", value]
-    if not any(a.option == "-machine" for a in named):
-        missing += ["-machine", _MACHINE_VALUE]
-    if missing and domain.add_arguments(*missing):
-        record.made("commandline")
-
-
-def _remove_arguments(domain: Domain, record: Record) -> None:
-    elements = list(domain.argument_elements())
-    for argument in reversed(list(_arguments(domain))):
-        if _names_igvm(argument) and _is_ours(argument):
-            remove(elements[argument.position + 1])
-            remove(elements[argument.position])
-    commandline = only(domain.root, COMMANDLINE)
-    if commandline is not None and record.has_made("commandline") and not len(commandline):
-        remove(commandline)
-    record.forget("commandline")
 
 
 def _state_policy(domain: Domain, record: Record, choice: Choice) -> Iterator[str]:

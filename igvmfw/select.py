@@ -13,7 +13,7 @@ from igvmfw.igvm.image import IgvmFile
 from igvmfw.igvm.spec import Architecture
 from igvmfw.platforms import Platform
 from igvmfw.qemu.catalog import Entry, State, Wanted, match
-from igvmfw.qemu.descriptor import PLATFORM_FEATURES
+from igvmfw.qemu.descriptor import PLATFORM_FEATURES, Descriptor, IgvmMapping, VtpmStorage
 from igvmfw.virt.domain import SEV_ES_POLICY, Request
 
 # The policy of a domain that states none, when its file states none either.  SEV and SEV-ES:
@@ -37,12 +37,14 @@ class Candidate:
         platforms: What the guest can take from it, preferred first.
         descriptor: File name of its descriptor; None for a file named by path.
         features: The descriptor's features; None where there is no descriptor.
+        storage: What the firmware's vTPM keeps its state on, going by the descriptor.
     """
 
     path: str
     platforms: tuple[Platform, ...]
     descriptor: str | None = None
     features: tuple[str, ...] | None = None
+    storage: VtpmStorage | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +118,7 @@ def choose(request: Request, entries: Iterable[Entry], *, sev_es: bool | None = 
                 platforms=matching,
                 descriptor=entry.name,
                 features=descriptor.features,
+                storage=_storage(descriptor),
             )
         rejected.append(f"{entry.path}: {', '.join(reasons[acceptable[0]])}")
     raise NoFirmwareError(
@@ -192,8 +195,18 @@ def _named(
                     where=str(entry.path),
                     hint="change <feature>, or name another file",
                 )
-        return Candidate(path=path, platforms=acceptable, features=descriptor.features)
+        return Candidate(
+            path=path,
+            platforms=acceptable,
+            features=descriptor.features,
+            storage=_storage(descriptor),
+        )
     return Candidate(path=path, platforms=acceptable)
+
+
+def _storage(descriptor: Descriptor) -> VtpmStorage | None:
+    mapping = descriptor.mapping
+    return mapping.vtpm_storage if isinstance(mapping, IgvmMapping) else None
 
 
 def _wanted(request: Request, platform: Platform) -> Wanted:

@@ -1,6 +1,7 @@
 """Parts that tests of several folders share, and a last word on what was not tested."""
 
 import contextlib
+import functools
 import os
 import pwd
 import shutil
@@ -8,13 +9,14 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.parts import SKIPPED, need
-from tests.testbed.cache import SCRIPTS, printed
+from tests.testbed.cache import SCRIPTS, SUITES, printed
 from tests.testbed.standin import DEVICE, SevEmulator, make_emulator
 
 OVMF = Path("/usr/share/ovmf/OVMF.fd")  # code and variables in one image, with SEV-SNP's metadata
@@ -102,15 +104,30 @@ def _end_guests(root: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def newer_libvirt() -> Iterator[str]:
-    """The URI of a libvirt of a newer release (10.5 or newer, which knows SEV-SNP).
+def newer_libvirts() -> Iterator[Callable[[int], str]]:
+    """URIs of libvirts of newer releases, by their place: 0 is the oldest of them.
 
-    It sees /tmp and the test bed's cache where they are; its guests end with it.
+    Each runs from its first use on, out of a root that roots.sh made.  They see /tmp and the test
+    bed's cache where they are; their guests end with them.
     """
-    suite = SUITES[0]
-    root = printed("roots.sh", suite)
-    need(os.geteuid() == 0, "root, for a newer libvirt")
-    need(root.is_dir(), "a root with a newer libvirt")
+    with contextlib.ExitStack() as stack:
+
+        @functools.cache
+        def uri_of(suite: str) -> str:
+            return stack.enter_context(_served(suite))
+
+        def uri_at(place: int) -> str:
+            need(os.geteuid() == 0, "root, for a newer libvirt")
+            need(place < len(SUITES), "a distribution with one more release and its libvirt")
+            return uri_of(SUITES[place])
+
+        yield uri_at
+
+
+@contextlib.contextmanager
+def _served(suite: str) -> Iterator[str]:
+    """The libvirtd of a root, until the end of the block."""
+    need(printed("roots.sh", suite).is_dir(), "a root with a newer libvirt")
     with tempfile.TemporaryDirectory(prefix="igvmfw-libvirtd-", dir="/tmp") as directory:
         socket = Path(directory) / "libvirt-sock"
         with (Path(directory) / "log").open("wb") as log:
@@ -128,10 +145,17 @@ def newer_libvirt() -> Iterator[str]:
             daemon.wait()
 
 
+@pytest.fixture
+def newer_libvirt(newer_libvirts: Callable[[int], str]) -> str:
+    """The URI of the newest libvirt."""
+    return newer_libvirts(max(len(SUITES) - 1, 0))
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Say in the very last lines which parts were missing, and how many tests with them."""
-    reporter = config.pluginmanager.get_plugin("terminalreporter")
-    if not isinstance(reporter, pytest.TerminalReporter):
+    # its class is public in newer releases of pytest only
+    reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None:
         return
     missing: dict[str, int] = {}
     for report in reporter.stats.get("skipped", []):

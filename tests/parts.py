@@ -28,6 +28,11 @@ def need(condition: bool, what: str) -> None:
     pytest.skip(reason)
 
 
+def measured() -> dict[str, str]:
+    """What a process needs in its environment so that its coverage counts."""
+    return {name: value for name, value in os.environ.items() if name.startswith("COV")}
+
+
 def need_libvirt() -> ModuleType:
     """libvirt's Python module, which the extra `libvirt` or python3-libvirt brings."""
     need(importlib.util.find_spec("libvirt") is not None, "libvirt's Python module")

@@ -20,7 +20,7 @@ PAGE = TOP / "docs" / "inspect.md"
 COCONUT = "coconut-qemu-vtpm-snp-ovmf.igvm"
 OVMF = Path("/usr/share/ovmf/OVMF.fd")
 WIDTH = 100  # characters, as `inspect` prints into a pipe
-BLOCK = re.compile(r"(<!-- terminal map -->\n+```\n).*?(```)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- terminal map -->\n+```text\n).*?(```)", re.DOTALL)
 
 
 def memory_of(data: bytes, name: str) -> MemoryMap:

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from igvmfw.errors import DomainError, InputError, RefusedError
-from igvmfw.hook import Cache, check_host, check_start
 from igvmfw.launch import Options, prepare
+from igvmfw.machine import check_host
 from igvmfw.platforms import Platform
+from igvmfw.preflight import Cache, check_start
 from igvmfw.virt.domain import Domain
 from igvmfw.virt.record import NAMESPACE, OnChange
 from tests.igvm import samples
@@ -271,9 +272,9 @@ def test_a_failure_of_its_own_is_said_in_one_line(tmp_path: Path) -> None:
     site = tmp_path / "site"
     program = (
         "import sys\n"
-        "import igvmfw.hook as hook\n"
+        "from igvmfw import hook, preflight\n"
         "def fail(*arguments, **options): raise KeyError('one\\ntwo')\n"
-        "hook.check_start = fail\n"
+        "preflight.check_start = fail\n"
         "sys.exit(hook.main(['guest', 'prepare', 'begin', '-']))\n"
     )
     site.write_text(program)

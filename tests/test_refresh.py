@@ -1,5 +1,9 @@
 import os
+import signal
 import subprocess
+import sys
+import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,8 +18,10 @@ from igvmfw.platforms import Platform
 from igvmfw.provenance import Writer, find_writer, is_untouched
 from igvmfw.qemu.catalog import load
 from igvmfw.qemu.descriptor import Descriptor
-from igvmfw.refresh import Refreshed, refresh, vendor_directories
+from igvmfw.refresh import Refreshed, refresh, remove_all, vendor_directories
 from tests.igvm import samples
+from tests.killing import kills
+from tests.parts import need
 
 Make = Callable[..., Path]
 
@@ -78,26 +84,42 @@ def test_new_changed_gone(place: Place, make: Make) -> None:
     assert list(place.directory.iterdir()) == []
 
 
-def test_a_second_run_reads_no_files_contents(
-    place: Place, make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def refresh_in_a_process(root: Path) -> Counter[str]:
+    """How many files had what done to them."""
+    command = [sys.executable, "-m", "igvmfw", "-q", "refresh", "--root", str(root)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stderr == ""
+    return Counter(line.split()[0] for line in done.stdout.splitlines())
+
+
+def test_a_second_run_reads_no_files_contents(place: Place, make: Make, tmp_path: Path) -> None:
+    """By the kernel's account: reading a file, mapped or not, sets its access time."""
     source = make("usr/share/igvm/file-0.igvm")
     for number in range(1, 1000):
         os.link(source, source.with_name(f"file-{number}.igvm"))
-    assert set(kinds(run(place)).values()) == {"write"}
+
+    def read_since_written(path: Path) -> bool:
+        return path.stat().st_atime_ns != 1
+
+    def forget(path: Path) -> None:
+        os.utime(path, ns=(1, path.stat().st_mtime_ns))  # also where times are kept lazily
+
+    forget(source)
+    assert refresh_in_a_process(tmp_path) == {"written": 1000}
+    need(read_since_written(source), "a file system that keeps access times")
     assert len(described(place)) == 1000
-
-    opened: list[str] = []
-    real = os.open
-
-    def watched(path: str, *rest: object, **more: object) -> int:
-        opened.append(str(path))
-        return real(path, *rest, **more)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(os, "open", watched)
-    assert set(kinds(run(place)).values()) == {"unchanged"}
-    assert any(path.endswith(".json") for path in opened)  # the watch works
-    assert not any(path.endswith(".igvm") for path in opened)
+    descriptor = place.directory / "70-igvm-file-7.json"
+    forget(source)
+    forget(descriptor)
+    assert refresh_in_a_process(tmp_path) == {"unchanged": 1000}
+    assert read_since_written(descriptor)
+    assert not read_since_written(source)
+    # one that is new is read, and alone
+    other = make("usr/share/igvm/new.igvm", Platform.SEV)
+    forget(other)
+    assert refresh_in_a_process(tmp_path) == {"written": 1, "unchanged": 1000}
+    assert read_since_written(other)
+    assert not read_since_written(source)
 
 
 def test_what_looks_unchanged_can_be_read_all_the_same(place: Place, make: Make) -> None:
@@ -148,6 +170,47 @@ def test_a_package_that_brings_its_own_descriptor_needs_none(place: Place, make:
     file.unlink()
     assert run(place).actions == ()
     assert path.exists()
+
+
+def test_refreshs_descriptor_gives_way_to_a_packages_own(place: Place, make: Make) -> None:
+    file = make("usr/share/igvm/a.igvm")
+    run(place)
+    own = describe_file(str(file), root=place.root).descriptor.write()
+    for directory in (place.directory, place.root / "usr/share/igvmfw/firmware"):
+        directory.mkdir(parents=True, exist_ok=True)
+        for name in ("50-package.json", "90-package.json"):  # whichever is read first
+            (directory / name).write_bytes(own)
+            assert kinds(run(place)) == {name: "unchanged", "70-igvm-a.json": "remove"}
+            assert kinds(run(place)) == {name: "unchanged"}
+            (directory / name).unlink()
+            assert kinds(run(place)) == {"70-igvm-a.json": "write"}
+
+
+def test_removing_all_removes_what_refresh_wrote(place: Place, make: Make) -> None:
+    make("usr/share/igvm/a.igvm")
+    make("usr/share/igvm/b.igvm")
+    make("usr/share/igvm/edited.igvm")
+    run(choose_place(Level.VENDOR, root=place.root, into=Into.IGVMFW))
+    left = place.root / "usr/share/igvmfw/firmware/70-igvm-a.json"
+    kept = left.read_bytes()
+    run(place)
+    left.write_bytes(kept)  # of the same name in both directories
+    edited = place.directory / "70-igvm-edited.json"
+    edited.write_bytes(edited.read_bytes().replace(b"OVMF for", b"My OVMF for"))
+    package = place.directory / "50-package.json"
+    package.write_bytes(describe_file(str(place.root / "usr/share/igvm/b.igvm")).descriptor.write())
+    before = set(place.directory.iterdir())
+    planned = remove_all(place, dry_run=True)
+    assert set(place.directory.iterdir()) == before
+    assert remove_all(place) == planned
+    assert sorted((a.path.name, a.kind.value) for a in planned.actions) == [
+        ("70-igvm-a.json", "remove"),
+        ("70-igvm-a.json", "remove"),
+        ("70-igvm-b.json", "remove"),
+        ("70-igvm-edited.json", "keep"),
+    ]
+    assert set(place.directory.iterdir()) == {edited, package}
+    assert list(left.parent.iterdir()) == []
 
 
 def test_what_install_wrote_is_not_refreshs(place: Place, make: Make) -> None:
@@ -266,10 +329,6 @@ def test_a_change_while_it_is_read_shows_next_time(
 
 
 def test_killed_runs_are_made_good_by_the_next(place: Place, make: Make, tmp_path: Path) -> None:
-    import signal
-    import sys
-    import time
-
     source = make("usr/share/igvm/file-0.igvm")
     for number in range(1, 60):
         os.link(source, source.with_name(f"file-{number}.igvm"))
@@ -284,3 +343,54 @@ def test_killed_runs_are_made_good_by_the_next(place: Place, make: Make, tmp_pat
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     assert len(described(place)) == 60
     assert len(list(place.directory.iterdir())) == 60
+
+
+def test_a_kill_at_any_step_of_a_refresh(place: Place, tmp_path: Path) -> None:
+    """One descriptor is replaced, one removed, one new: each is the old or the new one, whole."""
+    first, changed = samples.small(Platform.SEV_SNP), samples.small(Platform.NATIVE)
+    presets = ("coconut-svsm/coconut-qemu", "edk2/ovmf/OVMF")  # what small files are cannot be told
+    kept, moved = (tmp_path / f"usr/share/{name}.igvm" for name in presets)
+    for file in (kept, moved):
+        file.parent.mkdir(parents=True)
+
+    def before() -> None:
+        kept.write_bytes(first)
+        os.utime(kept, ns=(1, 1))
+        moved.write_bytes(first)
+        os.utime(moved, ns=(1, 1))
+        run(place)
+
+    def then() -> None:
+        kept.write_bytes(changed)
+        os.utime(kept, ns=(2, 2))
+        moved.unlink()
+
+    before()
+    old = contents(place)
+    then()
+    run(place)
+    new = contents(place)
+    assert [len(old), len(new)] == [2, 1]
+    seen = []
+
+    def prepare() -> None:
+        before()
+        then()
+
+    for _ in kills(lambda: run(place), prepare=prepare):
+        found = contents(place)
+        for name in old:
+            assert found.get(name) in (old.get(name), new.get(name))
+        assert set(found) <= set(old)
+        seen.append(found)
+        run(place)
+        assert contents(place) == new
+        assert len(list(place.directory.iterdir())) == 1  # nothing of the killed run is left
+    assert len(seen) > 50
+    assert old in seen
+    assert new in seen
+    assert any(found not in (old, new) for found in seen)
+
+
+def contents(place: Place) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in place.directory.glob("[!.]*")}

@@ -89,6 +89,23 @@ def test_every_command_has_help(environment: Path, tmp_path: Path) -> None:
         assert run(program, command, "--help", folder=tmp_path).startswith("usage: igvmfw")
 
 
+def test_a_program_that_uses_the_api_is_typed(environment: Path, tmp_path: Path) -> None:
+    """As its author sees it: with the installed package, which brings its types."""
+    program = tmp_path / "define.py"
+    shutil.copy(CHECKOUT / "docs" / "examples" / "define.py", program)
+    python = str(environment / "python")
+    check = [sys.executable, "-m", "mypy", "--strict", "--python-executable", python]
+    assert "Success" in run(*check, program, folder=tmp_path)
+    # and it is the package's types that were looked at, not Any
+    program.write_text(program.read_text() + "reveal_type(prepared)\nname.no_such_thing()\n")
+    done = subprocess.run(
+        [*check, str(program)],
+        capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False,
+    )  # fmt: skip
+    assert 'Revealed type is "igvmfw.rewrite.Rewritten"' in done.stdout
+    assert '"str" has no attribute "no_such_thing"' in done.stdout
+
+
 def test_the_way_from_firmware_to_a_domain_works(
     environment: Path, ovmf: Path, tmp_path: Path
 ) -> None:

@@ -13,9 +13,12 @@ from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple, NoReturn
 
 from igvmfw import __version__
+from igvmfw.cli import output
 from igvmfw.errors import IgvmfwError, UsageError
 
 EXIT_INTERNAL = 70  # EX_SOFTWARE of sysexits.h: not one of the contract's answers
+_QUIET = "print no notes and no progress, only results, warnings and errors"
+_UNSET = argparse.SUPPRESS
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
@@ -53,12 +56,16 @@ COMMANDS = {
     "dumpxml": _Listed("igvmfw.cli.domain", "print a domain with its request, as virsh dumpxml"),
     "undefine": _Listed("igvmfw.cli.domain", "remove a domain's definition, as virsh undefine"),
     "verify": _Listed("igvmfw.cli.verify", "verify what a running domain was launched from"),
+    "doctor": _Listed("igvmfw.cli.doctor", "show what this host has and lacks, with remedies"),
 }
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, hint=f"see '{self.prog} --help'")
+
+    def _print_message(self, message: str, file: object = None) -> None:
+        output.emit(message.rstrip("\n"))  # argparse would not mind a full disk
 
 
 def build_parser(loaded: Collection[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
@@ -71,11 +78,14 @@ def build_parser(loaded: Collection[str] = tuple(COMMANDS)) -> argparse.Argument
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"igvmfw {__version__}")
+    parser.add_argument("-q", "--quiet", action="store_true", help=_QUIET)
     groups = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, listed in COMMANDS.items():
         sub = groups.add_parser(
             name, help=listed.help, description=listed.help + ".", allow_abbrev=False
         )
+        # before the command or after it, as people remember it; the default is the one above
+        sub.add_argument("-q", "--quiet", action="store_true", default=_UNSET, help=_QUIET)
         if name in loaded:
             load(name).arguments(sub)
     return parser
@@ -90,18 +100,26 @@ def load(name: str) -> Command:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code of the contract and never raises on bad input."""
+    output.prepare_streams()
     words = sys.argv[1:] if argv is None else list(argv)
-    loaded = [word for word in words if word in COMMANDS][:1]
     try:
-        args = build_parser(loaded).parse_args(words)
-        code = load(args.command).run(args)
-        sys.stdout.flush()
+        if "_ARGCOMPLETE" in os.environ:  # set by the shells' completion scripts
+            completed: int = importlib.import_module("igvmfw.cli.completion").complete()
+            return completed
+        try:
+            code = _run(words)
+        except SystemExit:  # --help and --version have been printed
+            output.flush()
+            raise
+        output.flush()
         return code
     except IgvmfwError as error:
+        for warning in getattr(error, "__notes__", ()):  # what came before it
+            output.warn(" ".join(warning.split()))
         return _fail(str(error), error.exit_code)
     except BrokenPipeError:
         # the reader went away (`igvmfw list | head -1`): nothing is left to say, also not at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        output.abandon()
         return 0
     except KeyboardInterrupt:
         return _fail("interrupted", EXIT_INTERRUPTED)
@@ -115,15 +133,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
 
 
+def _run(words: Sequence[str]) -> int:
+    loaded = [word for word in words if word in COMMANDS][:1]
+    args = build_parser(loaded).parse_args(words)
+    output.set_quiet(args.quiet)
+    return load(args.command).run(args)
+
+
 def _fail(message: str, code: int) -> int:
-    line = " ".join(printable(message).split())
-    print(f"igvmfw: error: {line}", file=sys.stderr)
+    output.abandon()
+    line = " ".join(output.printable(message).split())
+    output.say(f"igvmfw: error: {line}")
     return code
-
-
-def printable(text: str) -> str:
-    """Text from a file with everything escaped that could drive a terminal.
-
-    An IGVM file, a descriptor or a domain XML may carry control characters on purpose.
-    """
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

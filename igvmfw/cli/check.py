@@ -7,14 +7,14 @@ from typing import Any
 from igvmfw.check import LAUNCHED, check_image, refuses
 from igvmfw.cli import Command
 from igvmfw.cli.image import count, platform_word
-from igvmfw.cli.output import emit, emit_json
+from igvmfw.cli.output import emit_folded, emit_json
 from igvmfw.errors import IgvmfwError, UsageError
 from igvmfw.files import mapped
 from igvmfw.findings import Finding, Guest
 from igvmfw.igvm.image import IgvmFile
 from igvmfw.platforms import Platform
-from igvmfw.qemu.acceptance import RELEASES, Acceptance, acceptance_of
-from igvmfw.qemu.emulator import find, probe
+from igvmfw.qemu.acceptance import Acceptance, acceptance_of
+from igvmfw.qemu.emulator import host_acceptance
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,18 +66,7 @@ def _release(args: argparse.Namespace) -> Acceptance:
         if not 2 <= len(parts) <= 3 or not all(p.isdecimal() and len(p) < 4 for p in parts):
             raise UsageError(f"--qemu {args.qemu}: not a version", hint="such as 10.2")
         return acceptance_of(tuple(map(int, parts)))
-    if args.emulator:
-        emulator = probe(args.emulator)
-        emulator.require_igvm()
-        return acceptance_of(emulator.version)
-    for path in find():
-        try:
-            emulator = probe(path)
-        except IgvmfwError:
-            continue  # not the one to ask; `--emulator` names it where it matters
-        if emulator.igvm:
-            return acceptance_of(emulator.version)
-    return RELEASES[-1]
+    return host_acceptance(args.emulator)
 
 
 def _show(platform: Platform, findings: list[Finding], qemu: Acceptance) -> None:
@@ -85,10 +74,10 @@ def _show(platform: Platform, findings: list[Finding], qemu: Acceptance) -> None
         verdict = "must not be launched" if platform in LAUNCHED else "cannot be launched"
     else:
         verdict = "would be launched" if findings else "would be launched as it is"
-    emit(f"{platform}: {verdict} by {qemu.name}")
+    emit_folded(f"{platform}: {verdict} by {qemu.name}")
     for finding in findings:
-        emit(f"  {finding.severity} [{finding.rule}] {finding.where}: {finding.message}")
-        emit(f"    {finding.remedy}")
+        emit_folded(f"  {finding.severity} [{finding.rule}] {finding.where}: {finding.message}")
+        emit_folded(f"    {finding.remedy}")
 
 
 def _document(

@@ -11,25 +11,23 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from igvmfw import files
 from igvmfw.cli import Command
-from igvmfw.cli.output import emit, emit_json, note, warn
-from igvmfw.errors import EmulatorError, HostError, IgvmfwError, RefusedError
+from igvmfw.cli.output import emit, emit_bytes, emit_json, note, warn
+from igvmfw.errors import HostError, IgvmfwError, RefusedError
 from igvmfw.launch import (
-    Options,
-    check_emulator,
+    check_start,
     create,
     define,
     fetch,
-    prepare,
     recorded,
     start,
     undefine,
 )
-from igvmfw.qemu import catalog
-from igvmfw.rewrite import Rewritten, as_request, convert, request_of, restore
+from igvmfw.manager import prepare
+from igvmfw.rewrite import Rewritten, as_request, convert, restore
+from igvmfw.state import recorded as state_of
 from igvmfw.virt.document import MAX_BYTES
 from igvmfw.virt.domain import Domain
 from igvmfw.virt.host import Connection, connect
@@ -158,13 +156,19 @@ def _define(args: argparse.Namespace) -> int:
         if args.print_xml:
             return _print_xml(rewritten)
         _report(rewritten)
-        name = define(connection, rewritten.domain, validate=args.validate)
-        try:
-            check_emulator(connection, rewritten.domain)
-        except EmulatorError as error:
-            warn(f"the domain will not start: {error}")
+        name = _define_checked(connection, rewritten, validate=args.validate)
     _done(args, rewritten.domain, name, "defined")
     return 0
+
+
+def _define_checked(connection: Connection, rewritten: Rewritten, *, validate: bool) -> str:
+    """Define, and say what would stop a start: it may be put right until then."""
+    name = define(connection, rewritten.domain, validate=validate)
+    try:
+        check_start(connection, rewritten.domain)
+    except IgvmfwError as error:
+        warn(f"the domain will not start: {error}")
+    return name
 
 
 def _create_arguments(parser: argparse.ArgumentParser) -> None:
@@ -257,7 +261,7 @@ def _redefine(
         args.on_change = former.on_change  # the request that was edited does not show it
     rewritten = _prepare(Domain.parse(edited), args, connection)
     _report(rewritten)
-    return define(connection, rewritten.domain, validate=not args.skip_validate)
+    return _define_checked(connection, rewritten, validate=not args.skip_validate)
 
 
 def _run_editor(path: str) -> None:
@@ -302,8 +306,10 @@ def _dumpxml(args: argparse.Namespace) -> int:
             update_cpu=args.update_cpu,
             migratable=args.migratable,
         )
-    sys.stdout.flush()
-    sys.stdout.buffer.write(as_request(domain).write())
+    emit_bytes(as_request(domain).write())
+    state = state_of(domain)
+    if state is not None and state.path is not None:
+        note(f"the firmware's vTPM keeps its state in {state.path}")
     return 0
 
 
@@ -312,9 +318,12 @@ def _undefine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("domain", metavar="DOMAIN", help="its name or UUID")
     nvram = parser.add_mutually_exclusive_group()
     nvram.add_argument(
-        "--nvram", action="store_true", default=None, help="remove the file of UEFI variables"
+        "--nvram",
+        action="store_true",
+        default=None,
+        help="remove the file of UEFI variables, and the state of the firmware's vTPM",
     )
-    nvram.add_argument("--keep-nvram", dest="nvram", action="store_false", help="keep it")
+    nvram.add_argument("--keep-nvram", dest="nvram", action="store_false", help="keep them")
     parser.add_argument("--managed-save", action="store_true", help="remove a saved state")
     parser.add_argument(
         "--snapshots-metadata", action="store_true", help="remove what is known of snapshots"
@@ -362,34 +371,13 @@ def _prepare(domain: Domain, args: argparse.Namespace, connection: Connection | 
         if args.igvm is not None:
             path = None if args.igvm == _TAKE_FROM_CATALOGUE else os.path.abspath(args.igvm)
             domain = convert(domain, path)
-        if request_of(domain) is None:
-            return Rewritten(domain=domain)
-        capabilities = None
-        lock_memory = args.lock_memory
-        if connection is not None:
-            capabilities = connection.capabilities(
-                emulator=domain.emulator, machine=domain.os.machine, kind=domain.type
-            )
-            if connection.is_remote:
-                host = urlsplit(connection.uri).hostname
-                warn(f"the firmware is chosen and checked here, not on {host}")
-            if lock_memory and domain.security is not None and not connection.may_lock_memory:
-                lock_memory = False
-                warn(
-                    "<locked/> left out: libvirt may not lift the limit on locked memory here; a "
-                    "SEV guest starts if its memory fits into the limit (ulimit -l)"
-                )
-        user = os.geteuid() != 0 if connection is None else not connection.is_system
-        found = catalog.load(catalog.search_path(args.root, user=user), args.root)
-        for problem in found.problems:
-            warn(str(problem))
-        options = Options(
-            entries=found.entries,
+        return prepare(
+            domain,
+            connection,
             root=args.root,
-            lock_memory=lock_memory,
+            lock_memory=args.lock_memory,
             on_change=None if args.on_change is None else OnChange(args.on_change),
         )
-        return prepare(domain, options, capabilities=capabilities)
 
 
 def _report(rewritten: Rewritten) -> None:
@@ -397,7 +385,7 @@ def _report(rewritten: Rewritten) -> None:
         warn(warning)
     for change in rewritten.changes:
         note(change)
-    if recorded(rewritten.domain) is None:
+    if recorded(rewritten.domain) is None and not rewritten.changes:
         note("no IGVM firmware asked for: unchanged")
 
 
@@ -417,14 +405,12 @@ def _print_domain(before: Domain, after: Domain, args: argparse.Namespace) -> No
         files.write_atomic(args.output, text)
     else:
         # as it is, not through emit: this is for a file or libvirt, and must not change
-        sys.stdout.flush()
-        sys.stdout.buffer.write(text)
+        emit_bytes(text)
 
 
 def _print_xml(rewritten: Rewritten) -> int:
     _report(rewritten)
-    sys.stdout.flush()
-    sys.stdout.buffer.write(rewritten.domain.write())
+    emit_bytes(rewritten.domain.write())
     return 0
 
 
@@ -438,7 +424,10 @@ def _done(args: argparse.Namespace, domain: Domain, name: str, verb: str) -> Non
             "descriptor": file.descriptor,
             "measurement": file.measurement,
         }
-        emit_json({"domain": name, "igvm": igvm})
+        state = state_of(domain)
+        emit_json(
+            {"domain": name, "igvm": igvm, "vtpm_state": None if state is None else state.path}
+        )
     else:
         emit(f"Domain '{name}' {verb}")
         if file is not None:

@@ -10,6 +10,7 @@ from typing import Any
 from igvmfw import files, rooted
 from igvmfw.cli import Command
 from igvmfw.cli.output import emit, emit_json, note, warn
+from igvmfw.cli.progress import progress
 from igvmfw.describe import Description, Stated
 from igvmfw.errors import DescriptorError, IgvmfwError, InputError, UsageError
 from igvmfw.install import (
@@ -65,7 +66,7 @@ def _describe_options(parser: argparse.ArgumentParser) -> None:
     )
     for option, text in {
         "--interface": "what the firmware gives the guest: uefi, bios, … (default: from the file)",
-        "--feature": "a feature that the file cannot tell, such as secure-boot",
+        "--feature": "a feature that the file cannot tell, such as acpi-s3",
         "--machine": "machine types, such as 'pc-q35-10.*' (default: all that take IGVM files)",
     }.items():
         parser.add_argument(
@@ -129,10 +130,12 @@ def _describe(args: argparse.Namespace) -> int:
         raise UsageError(
             "several files need a directory to write to", hint="name one with -o DIRECTORY"
         )
-    described = {
-        path: describe_file(path, root=args.root, profile=args.profile, stated=_stated(args))
-        for path in args.files
-    }
+    described: dict[str, Description] = {}
+    with progress("describing", "files") as shown:
+        for path in shown.over(args.files):
+            described[path] = describe_file(
+                path, root=args.root, profile=args.profile, stated=_stated(args)
+            )
     outputs: dict[Path, bytes] = {}
     for path, found in described.items():
         if args.explain:
@@ -270,15 +273,17 @@ def _install(args: argparse.Namespace) -> int:
     priority = _or_default(args.priority, priority)
     place = choose_place(args.level, root=args.root, into=args.into)
     described: dict[str, Description] = {}
-    for path in args.files:
-        name = file_name(args.name or Path(path).stem, priority)
-        if name in described:
-            raise UsageError(f"two of the files would both become {name}")
-        described[name] = describe_file(
-            path, root=args.root, profile=args.profile, stated=_stated(args), note_time=True
-        )
-        if args.explain:
-            _explain(described[name])
+    with progress("describing", "files") as shown:
+        for path in shown.over(args.files):
+            name = file_name(args.name or Path(path).stem, priority)
+            if name in described:
+                raise UsageError(f"two of the files would both become {name}")
+            described[name] = describe_file(
+                path, root=args.root, profile=args.profile, stated=_stated(args), note_time=True
+            )
+    if args.explain:
+        for found in described.values():
+            _explain(found)
 
     def plan() -> list[Action]:
         return [plan_install(place, name, d.descriptor) for name, d in described.items()]
@@ -354,26 +359,37 @@ def _refresh_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--all", action="store_true", help="read every file, also one that looks unchanged"
     )
+    parser.add_argument(
+        "--remove",
+        action="store_true",
+        help="remove all that refresh wrote and nobody edited, as before igvmfw itself is removed",
+    )
     root_option(parser)
     _into_option(parser)
     _run_options(parser)
 
 
 def _refresh(args: argparse.Namespace) -> int:
-    from igvmfw.refresh import refresh, vendor_directories
+    from igvmfw.refresh import refresh, remove_all, vendor_directories
 
+    if args.remove and (args.directories or args.all):
+        raise UsageError("--remove goes with neither --all nor directories")
     for name in args.directories:
         if not os.path.isdir(name):
             raise InputError("is no directory", where=name, hint="check the path")
     directories = [Path(name) for name in args.directories] or vendor_directories(args.root)
     place = choose_place(Level.VENDOR, root=args.root, into=args.into)
-    done = refresh(
-        place,
-        directories,
-        profile=args.profile,
-        everything=args.all,
-        dry_run=args.dry_run,
-    )
+    if args.remove:
+        return _report(remove_all(place, dry_run=args.dry_run).actions, args)
+    with progress("looking at", "IGVM files") as shown:
+        done = refresh(
+            place,
+            directories,
+            profile=args.profile,
+            everything=args.all,
+            dry_run=args.dry_run,
+            progress=shown,
+        )
     for problem in done.problems:
         warn(str(problem))
     if place.note is not None and any(a.kind is Kind.WRITE for a in done.actions):

@@ -1,13 +1,13 @@
 """Commands on IGVM files themselves: inspect, measure, wrap."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from igvmfw.cli import Command
-from igvmfw.cli.output import emit, emit_json, emit_map, note, warn
-from igvmfw.errors import IgvmError, IgvmfwError, UsageError
+from igvmfw.cli.output import emit, emit_bytes, emit_folded, emit_json, emit_map, note, warn
+from igvmfw.cli.progress import progress
+from igvmfw.errors import IgvmfwError, OutputError, UsageError
 from igvmfw.files import STDIN, mapped, write_atomic
 from igvmfw.igvm.image import IgvmFile
 from igvmfw.platforms import Platform
@@ -44,33 +44,37 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    from igvmfw.images import find_payload
     from igvmfw.report import inspection, inspection_text, page_runs
 
     _check_map(args)
     documents = []
     code = 0
-    for name in args.files:
-        try:
-            with mapped(name) as data:
-                image = IgvmFile.parse(data, lenient=args.lenient)
-                payload = _payload(image)
-                if args.json:
-                    documents.append(inspection(image, name, payload, pages=args.pages))
-                else:
-                    emit(inspection_text(image, name, payload))
-                    if args.pages:
-                        for line in page_runs(image):
-                            emit(line)
-                if args.map is not None:
-                    _map(args, image, name, payload)
-                if image.problems:
-                    code = 3
-        except IgvmfwError as error:
-            failed = error if error.where and error.where.startswith(name) else error.within(name)
-            if len(args.files) == 1:
-                raise failed from None
-            warn(str(failed))  # one bad file hides none of the others
-            code = max(code, failed.exit_code)
+    with progress("inspecting", "files", prints=not args.json) as shown:
+        for name in shown.over(args.files):
+            try:
+                with mapped(name) as data:
+                    image = IgvmFile.parse(data, lenient=args.lenient)
+                    payload = find_payload(image)
+                    if args.json:
+                        documents.append(inspection(image, name, payload, pages=args.pages))
+                    else:
+                        emit_folded(inspection_text(image, name, payload))
+                        for line in page_runs(image) if args.pages else ():
+                            emit_folded(line)
+                    if args.map is not None:
+                        _map(args, image, name, payload)
+                    if image.problems:
+                        code = 3
+            except OutputError:
+                raise
+            except IgvmfwError as error:
+                known = error.where and error.where.startswith(name)
+                failed = error if known else error.within(name)
+                if len(args.files) == 1:
+                    raise failed from None
+                warn(str(failed))  # one bad file hides none of the others
+                code = max(code, failed.exit_code)
     if args.json:
         emit_json(documents if len(args.files) > 1 else documents[0])
     return code
@@ -106,18 +110,6 @@ def _map(args: argparse.Namespace, image: IgvmFile, name: str, payload: "Payload
     from igvmfw.drawing import Theme, draw
 
     write_atomic(Path(args.map), draw(memory, theme=Theme(args.theme)))
-
-
-def _payload(image: IgvmFile) -> "Payload":
-    """What the file carries; nothing of a file that was read leniently and misses its data."""
-    from igvmfw.igvm.payload import Payload, identify
-
-    try:
-        return identify(image)
-    except IgvmError:
-        if not image.problems:
-            raise
-        return Payload()
 
 
 def _measure_arguments(parser: argparse.ArgumentParser) -> None:
@@ -157,7 +149,7 @@ def _measure(args: argparse.Namespace) -> int:
     from igvmfw.qemu.cpus import signature
 
     cpu = signature(args.cpu) if args.cpu else None
-    with mapped(args.file) as data:
+    with progress("measuring", args.file), mapped(args.file) as data:
         try:
             image = IgvmFile.parse(data)
             platform = args.platform or _only_platform(image)
@@ -257,7 +249,7 @@ def _wrap(args: argparse.Namespace) -> int:
     policies = dict(_policy(text, platforms) for text in args.policy)
     if args.firmware == STDIN and args.vars == STDIN:
         raise UsageError("firmware and variable store cannot both be standard input")
-    with mapped(args.firmware) as firmware:
+    with progress("wrapping", args.firmware), mapped(args.firmware) as firmware:
         variables = b""
         if args.vars:
             with mapped(args.vars) as view:
@@ -269,7 +261,7 @@ def _wrap(args: argparse.Namespace) -> int:
         except IgvmfwError as error:
             raise error if isinstance(error, UsageError) else error.within(args.firmware) from None
     if args.output == STDIN:
-        sys.stdout.buffer.write(result)
+        emit_bytes(result)
     else:
         write_atomic(Path(args.output), result)
         note(f"wrote {args.output}: {len(result)} bytes for {', '.join(platforms)}")

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 from igvmfw import files, rooted
 from igvmfw.cli import Command
 from igvmfw.cli.firmware import root_option
-from igvmfw.cli.output import emit, emit_json, warn
+from igvmfw.cli.output import emit, emit_folded, emit_json, warn, width
+from igvmfw.cli.progress import progress
 from igvmfw.errors import DomainError, IgvmfwError, NegativeError, UsageError
 from igvmfw.install import FIRST_TOLERANT_LIBVIRT, find_libvirt
 from igvmfw.inventory import Row, take
 from igvmfw.platforms import Platform
 from igvmfw.qemu.catalog import QEMU_DIRECTORY, Catalog, State, load, search_path
-from igvmfw.report import payload_dict, payload_text
+from igvmfw.qemu.descriptor import Descriptor, IgvmMapping
+from igvmfw.report import payload_dict, payload_text, size_text
 
 if TYPE_CHECKING:  # lxml is for --for alone
     from igvmfw.select import Candidate
@@ -23,6 +25,7 @@ if TYPE_CHECKING:  # lxml is for --for alone
     from igvmfw.virt.domain import Domain, Request
 
 _HEADINGS = ("NAME", "PLATFORMS", "FEATURES", "PAYLOAD", "FILE", "STATE")
+_LISTS = ("platforms", "features")
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +83,7 @@ def _list(args: argparse.Namespace) -> int:
         return _list_for_domain(args)
     found = load(search_path(args.root, user=args.user), args.root)
     _warn(found, args)
-    rows = take(found, args.root)
+    rows = _take(found, args)
     shown = [row for row in rows if _is_shown(row, args)]
     if args.json:
         emit_json(_document(shown, found))
@@ -92,6 +95,11 @@ def _list(args: argparse.Namespace) -> int:
     else:
         warn("no IGVM firmware found; 'igvmfw install FILE' adds some")
     return 0 if shown else 1
+
+
+def _take(found: Catalog, args: argparse.Namespace) -> tuple[Row, ...]:
+    with progress("reading", "descriptors' files") as shown:
+        return take(found, args.root, progress=shown)
 
 
 def _warn(found: Catalog, args: argparse.Namespace) -> None:
@@ -142,8 +150,18 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as their widest cell, for people and for grep."""
+    """Columns as wide as their widest cell; where a terminal is narrower, one cell a line."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    columns = width()
+    if columns is not None and sum(widths) + 2 * (len(widths) - 1) > columns:
+        labels = [heading.lower() for heading in rows[0]]
+        indent = max(map(len, labels)) + 4
+        for name, *fields in rows[1:]:
+            emit_folded(name)
+            for label, cell in zip(labels[1:], fields, strict=True):
+                spaced = cell.replace(",", ", ") if label in _LISTS else cell
+                emit_folded(f"  {label:{indent - 2}}{spaced}")
+        return
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         emit("  ".join(cells).rstrip())
@@ -198,7 +216,7 @@ def _list_for_domain(args: argparse.Namespace) -> int:
     problem = _file_problem(judgement.candidate, request, domain, args)
     shown = [
         (row, verdict)
-        for row, verdict in zip(take(found, args.root), judgement.verdicts, strict=True)
+        for row, verdict in zip(_take(found, args), judgement.verdicts, strict=True)
         if args.all or row.entry.state in (State.AVAILABLE, State.BROKEN)
     ]
     if args.json:
@@ -208,9 +226,9 @@ def _list_for_domain(args: argparse.Namespace) -> int:
         emit_json(document | {"file": _path(judgement.candidate), "file_problem": problem})
     else:
         for _, verdict in shown:
-            emit(_verdict_line(verdict))
+            emit_folded(_verdict_line(verdict))
         if judgement.candidate is not None and request.path is not None:
-            emit(f"* {request.path}: named by the domain")
+            emit_folded(f"* {request.path}: named by the domain")
     if problem is not None:
         warn(problem)
     return 1 if judgement.candidate is None or problem is not None else 0
@@ -238,10 +256,20 @@ def _path(candidate: "Candidate | None") -> str | None:
     return None if candidate is None else candidate.path
 
 
+def _storage(descriptor: Descriptor) -> str:
+    mapping = descriptor.mapping
+    if not isinstance(mapping, IgvmMapping) or mapping.vtpm_storage is None:
+        return ""
+    storage = mapping.vtpm_storage
+    return f", keeps its vTPM's state: {storage.interface}, {size_text(storage.size_bytes)}"
+
+
 def _verdict_line(verdict: "Verdict") -> str:
     descriptor = verdict.entry.descriptor
     if verdict.chosen and descriptor is not None:
-        return f"* {verdict.entry.name}: chosen, {descriptor.mapping.filename}"
+        return (
+            f"* {verdict.entry.name}: chosen, {descriptor.mapping.filename}{_storage(descriptor)}"
+        )
     return f"  {verdict.entry.name}: {'; '.join(verdict.reasons)}"
 
 

@@ -72,9 +72,15 @@ class FixedHeader:
 class IgvmFile:
     """A file as read: every header in file order, the data still where it was.
 
-    `content` is the whole file, a view that is only valid as long as its source is.  `problems` is
-    empty unless the file was read leniently.  `platforms` are the supported platforms, `pages` the
-    PAGE_DATA headers and `others` all but these, each in file order.
+    Attributes:
+        fixed: The fixed header.
+        headers: The variable headers.
+        header_offsets: Where each of them begins, in bytes from the file's beginning.
+        content: The whole file, a view that is only valid as long as its source is.
+        problems: What is wrong with the file; empty unless it was read leniently.
+        platforms: The headers of its supported platforms, in file order.
+        pages: The PAGE_DATA headers, in file order.
+        others: All headers but these, in file order.
     """
 
     fixed: FixedHeader

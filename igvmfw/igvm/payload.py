@@ -41,9 +41,15 @@ _SERVICES = {
 class Payload:
     """What was found in the memory of one platform.
 
-    `firmware` is "OVMF" or None; `svsm` is "COCONUT-SVSM" or None.  The services are those of the
-    SVSM: `vtpm` a virtual TPM, `uefi_variables` a UEFI variable store, `persistence` a place on a
-    disk for their state.
+    Attributes:
+        platform: The platform; None where nothing was looked at.
+        firmware: "OVMF", or None.
+        svsm: "COCONUT-SVSM", or None.
+        svsm_version: As the SVSM states it.
+        vtpm: Whether the SVSM has a virtual TPM.
+        uefi_variables: Whether the SVSM has a store of UEFI variables.
+        persistence: Whether these keep their state on a disk.
+        tables: The GUIDed tables of OVMF.
     """
 
     platform: Platform | None = None

@@ -10,9 +10,10 @@ from typing import Any, ClassVar, Self, dataclass_transform
 # all headers took half of a start of `inspect`, and sets its fields one by one, which thousands
 # of pages wait for.  A named tuple is as fast, but equals every other tuple of the same values.
 _MOST_FIELDS = 16
-_Place = namedtuple("_Place", [f"field{index}" for index in range(_MOST_FIELDS)])  # type: ignore[misc]
+_names = [f"field{index}" for index in range(_MOST_FIELDS)]
+_place: Any = namedtuple("_place", _names)  # type: ignore[misc]
 # what reads the Nth value of any tuple, at C's speed
-_READERS = tuple(vars(_Place)[name] for name in _Place._fields)
+_READERS = tuple(vars(_place)[name] for name in _names)
 
 
 @dataclass_transform(frozen_default=True)
@@ -29,7 +30,7 @@ class Record(tuple[Any, ...]):
     make: ClassVar[Callable[[Iterable[Any]], Self]]  # of all values, unchecked: for long loops
 
     def __init_subclass__(cls) -> None:
-        cls.make = partial(tuple.__new__, cls)
+        cls.make = partial(tuple.__new__, cls)  # type: ignore[assignment]
         kinds = cls.__annotations__.items()
         own = [name for name, kind in kinds if getattr(kind, "__origin__", None) is not ClassVar]
         cls._names = tuple(dict.fromkeys((*cls._names, *own)))
@@ -61,7 +62,7 @@ class Record(tuple[Any, ...]):
         return dict(zip(self._names, self, strict=True))
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and tuple.__eq__(self, other)  # type: ignore[arg-type]
+        return type(self) is type(other) and tuple.__eq__(self, other)
 
     __hash__ = tuple.__hash__
 

@@ -29,7 +29,12 @@ RESET_ENTRY = "architectural reset"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VpEntry:
-    """Where a virtual processor starts."""
+    """Where a virtual processor starts.
+
+    Attributes:
+        vp_index: The processor.
+        entry: Mode and address, for people.
+    """
 
     vp_index: int
     entry: str
@@ -37,15 +42,29 @@ class VpEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """One platform of an image; all sizes in bytes of guest memory."""
+    """One platform of an image; all sizes in bytes of guest memory.
+
+    Attributes:
+        platform: The platform.
+        mask: Its compatibility mask.
+        policy: The guest policy that the file states.
+        measured: What is in the launch digest.
+        zero: Of `measured`, the pages without data.
+        unmeasured: What is loaded, and is not in the digest.
+        special: Pages that the processor fills, such as secrets and CPUID.
+        parameters: What the launcher fills in.
+        required_memory: Where the memory that the file requires ends; 0: it requires none.
+        contexts: The virtual processors that the file sets.
+        id_block: Whether it has an ID block.
+    """
 
     platform: Platform
     mask: int
     policy: int | None
     measured: int
-    zero: int  # of the measured ones, pages without data
+    zero: int
     unmeasured: int
-    special: tuple[str, ...]  # secrets, CPUID: filled by the processor
+    special: tuple[str, ...]
     parameters: tuple[str, ...]
     required_memory: int
     contexts: tuple[VpEntry, ...]
@@ -121,7 +140,7 @@ def _count_pages(image: IgvmFile) -> _PageCounts:
 
 
 def _page_sizes(counts: _PageCounts, mask: int) -> tuple[Counter[str], Counter[str]]:
-    """Bytes of a platform's pages by what becomes of them, and how many there are of special types."""
+    """Bytes of a platform's pages by what becomes of them, and how many are of special types."""
     sizes: Counter[str] = Counter()
     special: Counter[str] = Counter()
     for attributes, count in counts.all.items():

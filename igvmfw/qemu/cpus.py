@@ -6,7 +6,7 @@ Source: QEMU 10.2, target/i386/cpu.c (builtin_x86_defs: family, model, stepping)
 from igvmfw.errors import UsageError
 
 # family, model, stepping; versioned models (-v1 …) share those of their base but for the exceptions
-_MODELS = {
+MODELS = {
     "EPYC": (23, 1, 2),
     "EPYC-IBPB": (23, 1, 2),
     "EPYC-Rome": (23, 49, 0),
@@ -27,13 +27,13 @@ def signature(model: str) -> int:
         UsageError: The model is not known, or its numbers do not fit.
     """
     base, _, version = model.rpartition("-v")
-    numbers = _MODELS.get(base if version.isdecimal() else model)
+    numbers = MODELS.get(base if version.isdecimal() else model)
     if numbers is None:
         parts = model.split("/")
         if len(parts) != 3 or not all(part.isdecimal() and len(part) < 4 for part in parts):
             raise UsageError(
                 f"unknown CPU model {model!r}",
-                hint=f"known: {', '.join(_MODELS)}; others as FAMILY/MODEL/STEPPING (25/1/1)",
+                hint=f"known: {', '.join(MODELS)}; others as FAMILY/MODEL/STEPPING (25/1/1)",
             )
         family, number, stepping = (int(part) for part in parts)
         numbers = family, number, stepping

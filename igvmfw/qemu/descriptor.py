@@ -325,7 +325,17 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Descriptor:
-    """A firmware descriptor (Firmware)."""
+    """A firmware descriptor (Firmware).
+
+    Attributes:
+        description: The text for people.
+        interface_types: The firmware's interfaces to the guest, most native first.
+        mapping: The device it is for, and its files.
+        targets: The architectures and machine types that can use it.
+        features: What it can do.
+        tags: For development and debugging.
+        extra: Members that firmware.json does not have.
+    """
 
     description: str
     interface_types: tuple[str, ...]

@@ -5,18 +5,27 @@ which exits 0 only for an object type that is built in.  `igvm-cfg` is there sin
 it was built with libigvm.
 """
 
+import contextlib
 import os
 import re
-import shutil
+import select
+import signal
+import stat
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from igvmfw import rooted
 from igvmfw.errors import EmulatorError
+from igvmfw.qemu.acceptance import ANY_RELEASE, Acceptance, acceptance_of
 
 FIRST_IGVM = (10, 1, 0)
-_TIMEOUT = 20.0  # seconds; it answers in some milliseconds, on a loaded host later
+TIMEOUT = 20.0  # seconds; it answers in some milliseconds, on a loaded host later
+_MAX_ANSWER = 1 << 16  # bytes
+_WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _VERSION = re.compile(r"QEMU emulator version (\d+)\.(\d+)(?:\.(\d+))?")
+_PROPERTY = re.compile(r"^\s+([\w.-]+)=<", re.M)
 _REMEDY = "IGVM needs QEMU 10.1 or newer built with libigvm: Fedora's and openSUSE's packages are"
 
 # where distributions put an emulator that is not in PATH: Fedora's and RHEL's, older Debian's
@@ -58,27 +67,35 @@ class Emulator:
         raise EmulatorError(why, where=str(self.path), hint=_REMEDY)
 
 
-def find(architecture: str = "x86_64") -> tuple[Path, ...]:
-    """The emulators of this host: those in PATH, then where distributions hide one.
+def find(architecture: str = "x86_64", root: Path = rooted.HOST) -> tuple[Path, ...]:
+    """The emulators of a host: those in PATH, then where distributions hide one.
 
     Args:
         architecture: The emulation target, as in `qemu-system-ARCHITECTURE`.
+        root: The host's root directory; in another one PATH is the system's usual one.
     """
     name = f"qemu-system-{architecture}"
-    in_path = (shutil.which(name, path=d) for d in os.get_exec_path())
-    elsewhere = (p for p in _ELSEWHERE if architecture == "x86_64" and os.access(p, os.X_OK))
-    return tuple(Path(p) for p in dict.fromkeys([*filter(None, in_path), *elsewhere]))
+    directories = os.get_exec_path() if root == rooted.HOST else os.defpath.split(":")
+    candidates = [os.path.join(directory, name) for directory in directories]
+    candidates += _ELSEWHERE if architecture == "x86_64" else ()
+    paths = (path if root == rooted.HOST else rooted.resolve(root, path) for path in candidates)
+    return tuple(Path(p) for p in dict.fromkeys(map(str, paths)) if _is_program(p))
 
 
-def probe(path: Path) -> Emulator:
+def _is_program(path: str) -> bool:
+    return os.path.isfile(path) and os.access(path, os.X_OK)
+
+
+def probe(path: Path, *, seconds: float = TIMEOUT) -> Emulator:
     """Ask an emulator for its version and for IGVM.
 
     Args:
         path: The binary, or a script that runs one.
+        seconds: How long to wait for each of the two answers.
     Raises:
         EmulatorError: It cannot be run, does not answer in time, or is not QEMU.
     """
-    answer = _run(path, "--version")
+    answer = run_bounded(path, "--version", seconds=seconds)
     found = _VERSION.search(answer.stdout)
     if answer.returncode != 0 or found is None:
         raise EmulatorError(
@@ -86,37 +103,136 @@ def probe(path: Path) -> Emulator:
             where=str(path),
             hint="name a qemu-system-x86_64",
         )
-    help_ = _run(path, "-object", "igvm-cfg,help")
+    help_ = run_bounded(path, "-object", "igvm-cfg,help", seconds=seconds)
     igvm = help_.returncode == 0 and "file=" in help_.stdout
     major, minor, micro = (int(part or 0) for part in found.groups())
     return Emulator(path=path, version=(major, minor, micro), igvm=igvm)
 
 
-def _run(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def may_run(path: Path) -> bool:
+    """Whether an emulator can be asked by who runs this: nobody else can have put it there.
+
+    libvirt runs an emulator as a user without rights; root must not run what others write.
+    """
+    try:
+        info = path.stat()
+    except OSError:
+        return True  # asking it says what is wrong
+    return info.st_uid in (0, os.geteuid()) and not info.st_mode & _WRITABLE_BY_OTHERS
+
+
+def host_acceptance(path: Path | None = None) -> Acceptance:
+    """What a QEMU of this host takes of an IGVM file.
+
+    Args:
+        path: The QEMU to ask; None takes the first of this host that takes IGVM files, and without
+            one the newest release that igvmfw knows.
+    Raises:
+        EmulatorError: The named one cannot be run, is not QEMU, or takes no IGVM files.
+        UsageError: The named one is too old to take any.
+    """
+    if path is not None:
+        emulator = probe(path)
+        emulator.require_igvm()
+        return acceptance_of(emulator.version)
+    for candidate in find():
+        try:
+            emulator = probe(candidate)
+        except EmulatorError:
+            continue  # not the one to ask; naming it says what is wrong with it
+        if emulator.igvm:
+            return acceptance_of(emulator.version)
+    return ANY_RELEASE
+
+
+def machine_properties(path: Path, machine: str | None) -> frozenset[str]:
+    """The properties that a machine type has in an emulator.
+
+    Source: `-machine TYPE,help` (system/vl.c, machine_help_func), one `name=<type>` to a line.
+
+    Args:
+        path: The binary, or a script that runs one.
+        machine: The machine type or its alias; None for QEMU's default on x86.
+    Raises:
+        EmulatorError: It cannot be run, does not answer in time, or has no such machine.
+    """
+    name = (machine or "pc").replace(",", ",,")
+    answer = run_bounded(path, "-machine", f"{name},help", seconds=TIMEOUT)
+    if answer.returncode != 0 or "-machine options:" not in answer.stdout:
+        # to an unknown machine type it answers with the list of those it has, and exit status 0
+        why = f": {_first_line(answer)}" if answer.returncode else ""
+        raise EmulatorError(
+            f"has no machine type {machine or 'pc'!r}{why}",
+            where=str(path),
+            hint="use a machine type that -machine help lists",
+        )
+    return frozenset(_PROPERTY.findall(answer.stdout))
+
+
+def run_bounded(path: Path, *arguments: str, seconds: float) -> subprocess.CompletedProcess[str]:
+    """Run a program that is not trusted to end, or to say little.
+
+    Args:
+        path: The program.
+        arguments: Its arguments.
+        seconds: How long it may take; then it is ended, with all it started.
+    Returns:
+        Its exit status, and what it said on either output, up to 64 KiB.
+    Raises:
+        EmulatorError: It cannot be run, or takes longer.
+    """
     environment = {"LC_ALL": "C", "PATH": os.environ.get("PATH", os.defpath)}
     try:
-        return subprocess.run(
+        process = subprocess.Popen(
             [str(path), *arguments],
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             env=environment,
-            text=True,
-            errors="replace",
-            timeout=_TIMEOUT,
-            check=False,
+            start_new_session=True,
         )
-    except subprocess.TimeoutExpired:
-        raise EmulatorError(
-            f"did not answer within {_TIMEOUT:.0f} seconds", where=str(path)
-        ) from None
     except OSError as error:
         raise EmulatorError(
             f"cannot run: {error.strerror or error}",
             where=str(path),
             hint="install QEMU, or name another emulator",
         ) from None
+    deadline = time.monotonic() + seconds
+    with process:
+        try:
+            output = _read_answer(process, deadline)
+            code = process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            raise EmulatorError(
+                f"did not answer within {seconds:.0f} seconds", where=str(path)
+            ) from None
+        finally:
+            # with all it started: what goes on running would keep its output open
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(process.args, code, output.decode(errors="replace"), "")
+
+
+def _read_answer(process: subprocess.Popen[bytes], deadline: float) -> bytes:
+    """All that it says, up to a bound; what says more than that is no QEMU, and is not waited for.
+
+    Raises:
+        subprocess.TimeoutExpired: It goes on longer than that.
+    """
+    assert process.stdout is not None
+    output = b""
+    while len(output) < _MAX_ANSWER:
+        left = deadline - time.monotonic()
+        if left <= 0 or not select.select([process.stdout], [], [], left)[0]:
+            raise subprocess.TimeoutExpired(process.args, 0)
+        part = os.read(process.stdout.fileno(), _MAX_ANSWER)
+        if not part:
+            return output
+        output += part
+    process.kill()
+    return output
 
 
 def _first_line(answer: subprocess.CompletedProcess[str]) -> str:
-    text = (answer.stdout + answer.stderr).strip()
+    text = answer.stdout.strip()
     return text.splitlines()[0][:120] if text else f"exit status {answer.returncode}, no output"

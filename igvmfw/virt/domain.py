@@ -3,6 +3,7 @@
 Source: libvirt's docs/formatdomain.rst and src/conf/schemas/domaincommon.rng (9.0 and 11.3).
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Self
@@ -19,12 +20,16 @@ ARGUMENT = f"{{{QEMU_NAMESPACE}}}arg"
 IGVM = "igvm"
 SEV_ES_POLICY = 0x4  # policy bit 2; AMD's SEV API (publication 55766), "Guest Policy Structure"
 
+_XML_SPACE = " \t\r\n"
+_HEXADECIMAL = re.compile(r"(0[xX])?0*[0-9a-fA-F]{1,16}")  # as libvirt's schema has it
 # what libvirt itself writes before an element that may have to be made (virDomainDefFormat)
 _BEFORE = {
+    "uuid": ("name",),
     "metadata": ("name", "uuid", "genid", "title", "description"),
     "memoryBacking": ("maxMemory", "memory", "currentMemory", "blkiotune", "memtune"),
     "policy": ("cbitpos", "reducedPhysBits"),
 }
+_UUID = re.compile("[0-9a-f]{32}")
 _UNITS: Mapping[str, int] = {
     "b": 1,
     "bytes": 1,
@@ -167,23 +172,21 @@ class LaunchSecurity:
         """The guest policy.
 
         Raises:
-            DomainError: It is no hexadecimal number.
+            DomainError: It is no hexadecimal number, or has more bits than such a policy.
         """
         element = only(self.element, "policy")
-        text = "" if element is None else (element.text or "").strip()
+        text = "" if element is None else (element.text or "").strip(_XML_SPACE)
         if element is None or not text:
             return None
-        try:
-            value = int(text, 16)  # libvirt reads it so with and without 0x
-        except ValueError:
-            value = -1
-        if not 0 <= value < 1 << 64:
+        bits = 32 if self.type == "sev" else 64
+        # libvirt reads it so with and without 0x
+        if not _HEXADECIMAL.fullmatch(text) or int(text, 16) >= 1 << bits:
             raise DomainError(
-                f"policy {text[:40]!r} is not a hexadecimal number",
+                f"policy {text[:40]!r} is not a hexadecimal number of {bits} bits",
                 where=place(element),
                 hint="write it as 0x03",
             )
-        return value
+        return int(text, 16)
 
     def add_policy(self, policy: int) -> None:
         """State the guest policy, where libvirt itself puts it, written as libvirt writes it."""
@@ -265,6 +268,30 @@ class Domain:
     def name(self) -> str | None:
         """The domain's name."""
         return self.root.findtext("name")
+
+    @property
+    def uuid(self) -> str | None:
+        """The domain's UUID as libvirt spells it: lower case, with hyphens.
+
+        Raises:
+            DomainError: It is none that libvirt takes.
+        """
+        element = only(self.root, "uuid")
+        if element is None:
+            return None
+        text = (element.text or "").strip()
+        digits = text.replace("-", "").lower()
+        if not _UUID.fullmatch(digits):
+            raise DomainError(
+                f"{text[:60]!r} is no UUID", where=place(element), hint="write one as uuidgen does"
+            )
+        return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
+
+    def add_uuid(self, uuid: str) -> None:
+        """Give a domain without UUID one, where libvirt itself puts it."""
+        element = etree.Element("uuid")
+        element.text = uuid
+        insert(self.root, _after(self.root, _BEFORE["uuid"]), element)
 
     @property
     def os(self) -> Os:
@@ -457,7 +484,7 @@ def _after(parent: "etree._Element", tags: tuple[str, ...]) -> int:
 
 
 def _number(element: "etree._Element", text: str | None) -> int:
-    digits = (text or "").strip()
+    digits = (text or "").strip(_XML_SPACE)
     if not (digits.isascii() and digits.isdigit() and len(digits) < 20 and int(digits)):
         raise DomainError(
             f"{digits[:40]!r} in <{element.tag}> is not a positive number", where=place(element)

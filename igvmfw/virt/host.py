@@ -11,8 +11,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from igvmfw.errors import LibvirtError
-from igvmfw.virt import embedded
+from igvmfw.virt import embedded, keeping
 from igvmfw.virt.document import Document
+from igvmfw.virt.domain import Domain
 
 _LOG_VARIABLES = ("LIBVIRT_DEBUG", "LIBVIRT_LOG_FILTERS", "LIBVIRT_LOG_OUTPUTS")
 _CAP_SYS_RESOURCE = 24  # linux/capability.h
@@ -35,7 +36,24 @@ _REMEDIES = (
         r"socket path.*too long",
         "use a shorter directory for the embedded driver: QEMU's sockets lie below it",
     ),
+    (
+        r"domain '.*' already exists with uuid",
+        "to define that domain anew, put its <uuid> into the XML; igvmfw dumpxml shows it",
+    ),
     (r"Failed to connect socket", "start libvirtd or virtqemud, or give another URI with -c"),
+    (
+        # as it is read, and as the schema has it, which names no value
+        r"attribute 'type' in element 'launchSecurity': 'sev-snp'|Extra element launchSecurity ",
+        "this libvirt does not know such a guest: SEV-SNP needs libvirt 10.5 or newer",
+    ),
+    (
+        r"already exists with uuid",
+        "to change that domain, use igvmfw edit, or put its <uuid> into the XML",
+    ),
+    (
+        r"-no-acpi: invalid option",
+        "this libvirt is older than this QEMU: put <features><acpi/></features> into the domain",
+    ),
     (r"does not accept value 'igvm-cfg'", "this QEMU has no IGVM: name another in <emulator>"),
     (
         r"does not describe a compatible supported platform",
@@ -63,12 +81,14 @@ class Capabilities:
             it stands.
         sev: Whether SEV guests can be started.
         sev_es: Whether SEV-ES guests can be started.
+        sev_snp: Whether SEV-SNP guests can be started.
     """
 
     emulator: str | None
     igvm: bool
     sev: bool
     sev_es: bool
+    sev_snp: bool = False
 
     @classmethod
     def parse(cls, xml: str) -> "Capabilities":
@@ -85,11 +105,13 @@ class Capabilities:
             for path in ("os/enum[@name='firmware']", "os/loader/enum[@name='type']")
             for value in root.findall(f"{path}/value")
         ]
+        kinds = root.findall("features/launchSecurity/enum[@name='sectype']/value")
         return cls(
             emulator=root.findtext("path"),
             igvm="igvm" in values,
             sev=supported,
             sev_es=supported and guests.isdigit() and int(guests) > 0,
+            sev_snp="sev-snp" in [kind.text for kind in kinds],
         )
 
 
@@ -107,9 +129,21 @@ class Connection:
         return uri
 
     @property
+    def version(self) -> tuple[int, int, int]:
+        """The release of the libvirt that answers, which is not always the library's here."""
+        with translated():
+            number: int = self.native.getLibVersion()
+        return number // 1_000_000, number // 1000 % 1000, number % 1000
+
+    @property
     def is_remote(self) -> bool:
         """Whether guests run on another host, where files cannot be looked at from here."""
-        return bool(urlsplit(self.uri).hostname)
+        return self.host is not None
+
+    @property
+    def host(self) -> str | None:
+        """The other host that guests run on; None for this one."""
+        return urlsplit(self.uri).hostname or None
 
     @property
     def is_system(self) -> bool:
@@ -148,6 +182,21 @@ class Connection:
             xml: str = self.native.getDomainCapabilities(emulator, "x86_64", machine, kind, 0)
         return Capabilities.parse(xml)
 
+    @property
+    def state_directory(self) -> Path | None:
+        """Where guests keep the state of their vTPMs; None where only the host itself knows."""
+        return keeping.state_directory(self.uri)
+
+    def owner(self, domain: Domain) -> tuple[int, int] | None:
+        """The user and group that a domain's QEMU runs as; None for the one that runs libvirt.
+
+        Raises:
+            DomainError: The domain names a user or group that this host does not have.
+        """
+        with translated():
+            xml: str = self.native.getCapabilities()
+        return keeping.owner(domain, xml)
+
     def find(self, name: str) -> Any:
         """A domain by its UUID or name, as virsh finds it.
 
@@ -175,8 +224,7 @@ def connect(uri: str | None = None) -> Iterator[Connection]:
         OutputError: The embedded driver's directory cannot be made.
         UsageError: The embedded driver's URI names no directory.
     """
-    default = os.environ.get("VIRSH_DEFAULT_CONNECT_URI") or os.environ.get("LIBVIRT_DEFAULT_URI")
-    wanted = uri or default or None
+    wanted = uri or default_uri()
     root = embedded.root_of(wanted) if wanted else None
     if root is not None:
         with _logging_to(embedded.prepare(root)):
@@ -193,6 +241,12 @@ def connect(uri: str | None = None) -> Iterator[Connection]:
             native = libvirt.open(wanted)
         stack.callback(_close, native)
         yield Connection(native)
+
+
+def default_uri() -> str | None:
+    """The URI that the environment names, as virsh takes it."""
+    variables = ("VIRSH_DEFAULT_CONNECT_URI", "LIBVIRT_DEFAULT_URI")
+    return next(filter(None, map(os.environ.get, variables)), None)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,8 @@ libvirt keeps one top element per namespace in `<metadata>` and does not look in
     <igvmfw:domain xmlns:igvmfw='urn:igvmfw:domain:1' made='metadata commandline' policy='0x3'>
       <igvmfw:file path='…' sha256='…' platform='sev' descriptor='…' measurement='…'
                    on-change='warn'/>
+      <igvmfw:state interface='virtio-blk-mmio' size='8388608' path='…' template='…'
+                    planes='yes'/>
       <igvmfw:request firmware='igvm'>
         <igvmfw:taken index='1'><firmware>…</firmware></igvmfw:taken>
       </igvmfw:request>
@@ -15,7 +17,8 @@ libvirt keeps one top element per namespace in `<metadata>` and does not look in
 `request` holds what was taken out of `<os>` so that libvirt accepts the domain, `before` what was
 there when the domain still had bios or efi firmware; `made` names the elements that igvmfw added,
 `policy` the guest policy that it filled in; `on-change` stands only where a changed file shall not
-stop a start.
+stop a start.  `state` is where the vTPM in the file keeps its state; it has no path where its
+interface is one that QEMU does not have.
 """
 
 import re
@@ -31,7 +34,9 @@ from igvmfw.virt.document import indent, insert, put_back, remove
 from igvmfw.virt.domain import Domain, only, place
 
 NAMESPACE = "urn:igvmfw:domain:1"
+_MAX_TAKEN = 3  # loader, nvram, firmware
 _HEX = re.compile(r"[0-9a-f]+")
+_SIZE = re.compile(r"[1-9][0-9]{0,15}")
 _POLICY = re.compile(r"0x[0-9a-f]{1,16}")
 
 
@@ -72,6 +77,25 @@ class File:
     descriptor: str | None = None
     measurement: str | None = None
     on_change: OnChange = OnChange.REFUSE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """Where the vTPM in a domain's firmware keeps its state.
+
+    Attributes:
+        interface: How the firmware reaches it, in the descriptor's word.
+        size: Of the file, in bytes.
+        path: The file; None where QEMU cannot give the firmware such an interface.
+        template: The file that it starts as; None for one that the firmware formats by itself.
+        planes: Whether QEMU is told which plane of the guest it belongs to.
+    """
+
+    interface: str
+    size: int
+    path: str | None = None
+    template: str | None = None
+    planes: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +185,41 @@ class Record:
                 del element.attrib[name]
 
     @property
+    def state(self) -> State | None:
+        """Where the vTPM keeps its state; None where there is none to keep.
+
+        Raises:
+            DomainError: Someone damaged the record.
+        """
+        element = only(self.element, _tag("state"))
+        if element is None:
+            return None
+        interface, size = element.get("interface"), element.get("size", "")
+        path, template = element.get("path"), element.get("template")
+        absolute = all(name is None or name.startswith("/") for name in (path, template))
+        if not interface or not _SIZE.fullmatch(size) or not absolute:
+            raise _damaged(element)
+        return State(
+            interface=interface,
+            size=int(size),
+            path=path,
+            template=template,
+            planes=element.get("planes") == "yes",
+        )
+
+    def set_state(self, state: State | None) -> None:
+        """Record where the vTPM keeps its state; None where there is none to keep."""
+        if state is None:
+            self.drop("state")
+            return
+        element = self._part("state")
+        _set(element, "interface", state.interface)
+        _set(element, "size", str(state.size))
+        _set(element, "path", state.path)
+        _set(element, "template", state.template)
+        _set(element, "planes", "yes" if state.planes else None)
+
+    @property
     def policy(self) -> int | None:
         """The guest policy that igvmfw filled in.
 
@@ -236,7 +295,10 @@ class Record:
                 where=place(os.element),
                 hint="remove it there, or remove igvmfw's element from <metadata>",
             )
-        for taken in reversed(holder.findall(_tag("taken"))):
+        elements = holder.findall(_tag("taken"))
+        if len(elements) > _MAX_TAKEN:
+            raise _damaged(holder)
+        for taken in reversed(elements):
             index = taken.get("index", "")
             if len(taken) != 1 or not (index.isascii() and index.isdigit()):
                 raise _damaged(taken)

@@ -315,4 +315,4 @@ def test_define_without_igvm_is_virshs_define(
     code, out, err = run("create", "-c", TEST_DRIVER, "--json", xml(text))
     document = json.loads(out)
     jsonschema.validate(document, json.loads(SCHEMA.read_text()))
-    assert document == {"domain": "a", "igvm": None}
+    assert document == {"domain": "a", "igvm": None, "vtpm_state": None}

@@ -22,7 +22,17 @@ TAKES: dict[str, Callable[[str, Path], list[str]]] = {
     "define": lambda file, tmp: ["-c", f"qemu:///embed?root={tmp}/libvirt", file],
     "create": lambda file, tmp: ["-c", f"qemu:///embed?root={tmp}/libvirt", file],
 }
-TAKE_NONE = {"uninstall", "refresh", "list", "start", "edit", "dumpxml", "undefine", "verify"}
+TAKE_NONE = {
+    "uninstall",
+    "refresh",
+    "list",
+    "start",
+    "edit",
+    "dumpxml",
+    "undefine",
+    "verify",
+    "doctor",
+}
 
 CONTENTS: dict[str, bytes] = {
     "empty": b"",

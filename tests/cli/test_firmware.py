@@ -204,7 +204,7 @@ def test_validate_says_no_with_every_reason(run: Run, tmp_path: Path) -> None:
 
 def test_validate_goes_by_the_release(run: Run, tmp_path: Path) -> None:
     mapping = {"device": "memory", "filename": "/f", "uefi-vars": {"template": "/v"}}
-    path = put(tmp_path / "a.json", mapping=mapping)
+    path = put(tmp_path / "a.json", mapping=mapping, features=["host-uefi-vars"])
     assert run("validate", "--qemu", "10.2", path)[0] == 1
     assert run("validate", "--qemu", "11.0", path)[0] == 0
     assert run("validate", "--qemu", "9.0", path)[0] == 2
@@ -362,6 +362,17 @@ def test_refresh_takes_directories(run: Run, root: Path) -> None:
     code, _, err = run("refresh", "--root", root, root / "nowhere")
     assert code == 3
     one_line(err, "nowhere", "is no directory")
+
+
+def test_refresh_removes_what_it_wrote(run: Run, root: Path) -> None:
+    assert run("refresh", "--root", root)[0] == 0
+    path = root / "usr/share/qemu/firmware/70-igvm-ovmf-sev.json"
+    code, out, err = run("refresh", "--root", root, "--remove")
+    assert (code, out, err) == (0, f"removed    {path}  (written by refresh)\n", "")
+    assert files_below(root) == {file_in(root)}
+    code, _, err = run("refresh", "--root", root, "--remove", root)
+    assert code == 2
+    one_line(err, "--remove goes with neither")
 
 
 def test_refresh_goes_on_with_what_it_cannot_describe(run: Run, root: Path) -> None:

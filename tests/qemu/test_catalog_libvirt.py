@@ -9,7 +9,9 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,12 @@ from igvmfw.install import FIRST_TOLERANT_LIBVIRT, Level, choose_place
 from igvmfw.qemu.catalog import State, glob_matches, load, search_path
 from igvmfw.resources import template_names
 from tests.parts import need, need_libvirt
-from tests.qemu.test_catalog import SYSTEM, VENDOR, put
+from tests.privilege import NOBODY, without_privilege
+from tests.qemu.test_catalog import SYSTEM, USER, VENDOR, put
 from tests.qemu.test_descriptor import igvm_document
+from tests.system.daemons import serving
+from tests.system.guests import igvmfw, wrap
+from tests.testbed.cache import SUITES
 
 OWN = "usr/share/igvmfw/firmware"
 
@@ -96,12 +102,12 @@ def build_tree(root: Path) -> None:
 
 
 def ask_libvirt(
-    root: Path, embed_root: Path, question: str = ASK_LIBVIRT
+    root: Path, embed_root: Path, question: str = ASK_LIBVIRT, *, mounts: str = MOUNTS
 ) -> subprocess.CompletedProcess[str]:
     need(os.geteuid() == 0, "root, for a mount namespace")
     need_libvirt()
     answer = subprocess.run(
-        ["unshare", "-m", "sh", "-ec", MOUNTS, "-", root, sys.executable, question, embed_root],
+        ["unshare", "-m", "sh", "-ec", mounts, "-", root, sys.executable, question, embed_root],
         capture_output=True,
         text=True,
         timeout=120,
@@ -114,7 +120,10 @@ def ask_libvirt(
 
 def offered_by_libvirt(root: Path, embed_root: Path) -> tuple[str, list[str]]:
     """The concrete machine type, and the executables in order of choice."""
-    answer = ask_libvirt(root, embed_root)
+    return offered_in(ask_libvirt(root, embed_root))
+
+
+def offered_in(answer: subprocess.CompletedProcess[str]) -> tuple[str, list[str]]:
     assert answer.returncode == 0, answer.stderr
     capabilities = ET.fromstring(answer.stdout)
     values = capabilities.iterfind("os/loader/value")
@@ -128,8 +137,8 @@ def autoselected(root: Path, embed_root: Path) -> list[str]:
     return re.findall(r'"filename":"([^"]*\.fd)"', answer.stdout)
 
 
-def offered_by_catalog(root: Path, machine: str) -> list[str]:
-    found = load(search_path(root, user=False), root)
+def offered_by_catalog(root: Path, machine: str, *, user: bool = False) -> list[str]:
+    found = load(search_path(root, user=user), root)
     names = [
         Path(entry.descriptor.mapping.filename).name
         for entry in found.entries
@@ -189,3 +198,117 @@ def test_what_an_older_libvirt_makes_of_one_descriptor_it_cannot_read(
         assert re.search(f"{complaint}.*56-unreadable.json", answer.stderr)
     # igvmfw itself goes on in either case
     assert offered_by_catalog(tmp_path, machine) == before
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_newer_libvirt_goes_on_choosing_beside_them(
+    place: int, tmp_path: Path, igvm_qemu: Path, ovmf: Path
+) -> None:
+    """In QEMU's own directories, where igvmfw puts them beside such a libvirt."""
+    need(place < len(SUITES), "a distribution with one more release and its libvirt")
+    for directory in (SYSTEM, VENDOR):
+        (tmp_path / directory).mkdir(parents=True)
+    build_tree(tmp_path)
+    xml = tmp_path / "guest.xml"
+    xml.write_text(
+        "<domain type='qemu'><name>g</name><memory>65536</memory><os firmware='efi'>"
+        "<type arch='x86_64' machine='q35'>hvm</type></os><features><acpi/></features>"
+        f"<devices><emulator>{igvm_qemu}</emulator></devices></domain>"
+    )
+    with serving(SUITES[place], firmware=tmp_path) as daemon:
+
+        def chosen() -> list[str]:
+            answer = daemon.virsh("domxml-to-native", "qemu-argv", xml)
+            assert answer.code == 0, answer.err
+            return re.findall(r'"filename":"([^"]*\.fd)"', answer.out)
+
+        before = chosen()
+        assert f"{tmp_path}/first-code.fd" in before
+        documents = {name: presets.load(name).write().decode() for name in template_names()}
+        documents["vtpm"] = igvm()
+        file = wrap(ovmf, tmp_path / "ovmf.igvm", "--platform", "native", "--platform", "sev-snp")
+        documents["made"] = igvmfw("describe", file).out
+        assert '"amd-sev-snp"' in documents["made"]
+        for directory in (SYSTEM, VENDOR):
+            for name, text in documents.items():
+                put(tmp_path, directory, f"05-{directory[:3]}-{name}.json", text)
+        assert chosen() == before
+    names = [entry.name for entry in load(search_path(tmp_path, user=False), tmp_path).available]
+    assert len(names) == 2 * len(documents) + 1
+
+
+# as MOUNTS, but as a user without privilege, whose own directory libvirt then reads, too
+AS_USER = """
+mkdir -p /etc/qemu
+mount --bind "$1/usr/share/qemu/firmware" /usr/share/qemu/firmware
+mount --bind "$1/etc/qemu" /etc/qemu
+export XDG_CONFIG_HOME="$1/home/user/.config" HOME="$1/home/user"
+exec setpriv --reuid 65534 --regid 65534 --clear-groups --inh-caps=-all "$2" -c "$3" "$4"
+"""
+
+
+@pytest.fixture
+def users_tree(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A root that everybody may read, with a home directory."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", "/home/user/.config")
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        root.chmod(0o755)
+        build_tree(root)
+        for name in ("cache", "run"):
+            (root / "home/user" / name).mkdir(parents=True)
+        yield root
+
+
+def test_a_users_own_directory_comes_first_as_for_libvirt(users_tree: Path) -> None:
+    tree = [
+        ("50-both.json", flash(users_tree, "user-both")),  # over the system's and the vendor's
+        ("10-first.json", ""),  # masks the vendor's
+        ("60-masked.json", flash(users_tree, "user-masked")),  # reaches over the system's mask
+        ("05-user.json", flash(users_tree, "user-first")),
+    ]
+    for name, content in tree:
+        put(users_tree, USER, name, content)
+    machine, offered = offered_to_a_user(users_tree)
+    ours = offered_by_catalog(users_tree, machine, user=True)
+    assert ours == offered
+    assert offered[0] == "user-first-code.fd"
+    assert {"user-both-code.fd", "user-masked-code.fd"} < set(offered)
+    assert not {"first-code.fd", "system-both-code.fd", "masked-code.fd"} & set(offered)
+
+
+@pytest.mark.parametrize("kind", ["dangling link", "unreadable file"])
+def test_what_stops_libvirt_is_named_and_hides_no_other(users_tree: Path, kind: str) -> None:
+    machine, before = offered_to_a_user(users_tree)
+    path = users_tree / SYSTEM / "30-broken.json"
+    if kind == "dangling link":
+        path.symlink_to("/nowhere/at/all")
+    else:
+        path.write_text("{}")
+        path.chmod(0)
+    answer = ask_as_user(users_tree)
+    if answer.returncode == 0:  # a libvirt that goes on offers what it did before
+        assert offered_in(answer)[1] == before
+    else:
+        assert path.name in answer.stderr
+    with without_privilege():
+        found = load(search_path(users_tree, user=True), users_tree)
+    broken = {entry.path: entry.error for entry in found.entries if entry.state is State.BROKEN}
+    assert broken.pop(path) is not None
+    assert list(broken) == [users_tree / SYSTEM / "80-under-directory.json"]
+    assert offered_by_catalog(users_tree, machine, user=True) == before
+
+
+def ask_as_user(root: Path) -> subprocess.CompletedProcess[str]:
+    driver = root / "home/user/driver"
+    driver.mkdir(exist_ok=True)
+    for path in (root / "home").rglob("*"):
+        if path.is_dir():
+            os.chown(path, NOBODY, NOBODY)
+    answer = ask_libvirt(root, driver, mounts=AS_USER)
+    need("failed to execute" not in answer.stderr, "a Python that every user may run")
+    return answer
+
+
+def offered_to_a_user(root: Path) -> tuple[str, list[str]]:
+    return offered_in(ask_as_user(root))

@@ -1,4 +1,6 @@
+import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ def test_the_distributions_emulator_answers() -> None:
     need(found is not None, "qemu-system-x86_64 in PATH")
     probed = emulator.probe(Path(str(found)))
     assert probed.version >= (7, 0, 0)
-    assert probed.version_text in emulator._run(probed.path, "--version").stdout
+    assert probed.version_text in emulator.run_bounded(probed.path, "--version", seconds=10).stdout
 
 
 def test_an_emulator_with_igvm(igvm_qemu: Path) -> None:
@@ -27,6 +29,22 @@ def test_an_emulator_with_igvm(igvm_qemu: Path) -> None:
     assert probed.igvm
     assert probed.version >= emulator.FIRST_IGVM
     probed.require_igvm()
+
+
+def test_properties_of_a_machine(igvm_qemu: Path) -> None:
+    found = shutil.which("qemu-system-x86_64")
+    need(found is not None, "qemu-system-x86_64 in PATH")
+    ours = emulator.machine_properties(igvm_qemu, "q35")
+    assert {"igvm-cfg", "confidential-guest-support", "vmport"} <= ours
+    theirs = emulator.machine_properties(Path(str(found)), None)
+    assert {"confidential-guest-support", "vmport"} <= theirs
+    assert "igvm-cfg" not in emulator.machine_properties(igvm_qemu, "microvm")
+    # COCONUT-SVSM's QEMU alone has it, and its output has the same form
+    for properties in (ours, theirs):
+        assert "x-svsm-virtio-mmio" not in properties
+    for machine in ("no-such", "q35,help", "-version"):
+        with pytest.raises(EmulatorError, match="has no machine type"):
+            emulator.machine_properties(igvm_qemu, machine)
 
 
 def test_find_follows_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,14 +112,45 @@ def test_what_cannot_run(tmp_path: Path) -> None:
         emulator.probe(plain)
 
 
-def test_an_emulator_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(emulator, "_TIMEOUT", 0.3)
-    with pytest.raises(EmulatorError, match="did not answer"):
-        emulator.probe(script(tmp_path / "qemu", "exec sleep 30"))
+def _is_left(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    "text", ["exec sleep 30", "sleep 30 & echo hello; sleep 30", "sleep 30 & exit 0"]
+)
+def test_an_emulator_that_hangs(tmp_path: Path, text: str) -> None:
+    """Also one whose children hold its output open; none of them is left."""
+    pids = tmp_path / "pids"
+    path = script(tmp_path / "qemu", f"echo $$ > {pids}\n{text}")
+    with pytest.raises(EmulatorError, match="did not answer within 1 seconds"):
+        emulator.probe(path, seconds=1)
+    deadline = time.monotonic() + 30
+    while _is_left(int(pids.read_text())):  # who is killed is gone when somebody has reaped it
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_an_emulator_that_never_stops_talking(tmp_path: Path) -> None:
+    with pytest.raises(EmulatorError, match="does not answer as QEMU does: y"):
+        emulator.probe(script(tmp_path / "qemu", "exec yes"))
+
+
+@pytest.mark.parametrize(("mode", "may"), [(0o755, True), (0o775, False), (0o757, False)])
+def test_one_that_others_can_write_to_is_not_to_be_run(
+    tmp_path: Path, mode: int, may: bool
+) -> None:
+    path = script(tmp_path / "qemu", "true")
+    path.chmod(mode)
+    assert emulator.may_run(path) is may
 
 
 def test_the_environment_does_not_leak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LD_PRELOAD", "/nowhere.so")
     monkeypatch.setenv("LC_ALL", "tr_TR.UTF-8")
     path = script(tmp_path / "qemu", 'echo "QEMU emulator version 9.0.0 $LD_PRELOAD $LC_ALL"')
-    assert emulator._run(path).stdout.split()[-1] == "C"
+    assert emulator.run_bounded(path, seconds=10).stdout.split()[-1] == "C"

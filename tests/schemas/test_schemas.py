@@ -19,7 +19,8 @@ from igvmfw.resources import load_schema, schema_names
 from tests.parts import need
 from tests.qemu.test_descriptor import igvm_document
 from tests.schemas import derive_firmware
-from tests.sources import libvirt_source, qemu_interop
+from tests.sources import distribution_descriptors, libvirt_source, qemu_interop
+from tests.testbed.cache import CACHE
 
 HOST = Path("/usr/share/qemu/firmware")
 
@@ -135,14 +136,19 @@ def descriptors_of_the_field() -> list[Path]:
     source = libvirt_source()
     need(source is not None, "libvirt's source package")
     assert source is not None
-    ours = sorted(HOST.glob("*.json"))
-    need(bool(ours), "descriptors of the distribution's OVMF")
+    packages = distribution_descriptors()
+    need(packages is not None, "the distribution's firmware packages")
+    assert packages is not None
+    # with those of newer releases, where the test bed has roots with firmware
+    newer = CACHE.glob("*/usr/share/qemu/firmware/*.json")
+    ours = sorted([*HOST.glob("*.json"), *packages.rglob("*.json"), *newer])
     theirs = (source / "tests/qemufirmwaredata").glob("[ehu]*/**/*.json")
     return [*ours, *sorted(path for path in theirs if path.stat().st_size)]
 
 
 def test_every_descriptor_of_the_field_validates() -> None:
     judged = 0
+    architectures: set[str] = set()
     for path in descriptors_of_the_field():
         document = jsontext.parse(path.read_bytes())
         violations = check_schema(document, Profile.UPSTREAM)
@@ -156,4 +162,6 @@ def test_every_descriptor_of_the_field_validates() -> None:
         descriptor = Descriptor.from_dict(document)
         assert {**descriptor.to_dict(), **expected} == descriptor.to_dict()
         judged += 1
-    assert judged >= 10
+        architectures |= {target.architecture for target in descriptor.targets}
+    assert judged >= 15
+    assert architectures >= {"x86_64", "i386", "aarch64", "arm"}

@@ -13,6 +13,7 @@ from igvmfw.check import check_image, refuses
 from igvmfw.findings import Guest
 from igvmfw.igvm.builder import ImageBuilder
 from igvmfw.igvm.headers import (
+    DeviceTree,
     EnvironmentInfo,
     ErrorRange,
     GuestPolicy,
@@ -31,10 +32,12 @@ from igvmfw.igvm.spec import SEV_VMSA_GPA, PageDataFlags, PageDataType
 from igvmfw.igvm.vpcontext import Segment, build_native
 from igvmfw.igvm.wrap import RESET_ADDRESS, reset_vmsa
 from igvmfw.platforms import Platform
-from igvmfw.qemu.acceptance import acceptance_of
+from igvmfw.qemu.acceptance import Acceptance, acceptance_of
 from igvmfw.qemu.emulator import probe
 from tests.igvm import samples
-from tests.testbed.standin import SevEmulator
+from tests.parts import need
+from tests.testbed.cache import printed
+from tests.testbed.standin import make_emulator
 
 NATIVE, SEV, SEV_ES, SNP = (
     Platform.NATIVE, Platform.SEV, Platform.SEV_ES, Platform.SEV_SNP,
@@ -53,6 +56,13 @@ class Case:
     said: str | None
     declared: Platform | None = None  # the file's platform, where it is not the guest's
     run: bool = True  # False for what must never be given to QEMU
+    fine_since: tuple[int, int] = (99, 0)  # the first release that the rule is not for
+
+    def rules(self, release: Acceptance) -> set[str]:
+        """What `check` has to find for a release."""
+        own = {self.rule} if self.rule and release.version < self.fine_since else set()
+        sev = self.platform in (SEV, SEV_ES) and not release.sev_launch
+        return own | ({"sev-launch"} if sev else set())
 
 
 def adding(*headers: AnyHeader) -> Callable[[ImageBuilder], None]:
@@ -112,7 +122,8 @@ CASES = [
     Case("platform-missing", NATIVE, page(), "compatible supported platform", SEV),
     Case("platform-missing", SEV, page(), "compatible supported platform", SNP),
     Case("platform-fallback", SEV, page(), None, NATIVE),
-    Case("header-unknown", NATIVE, adding(AREA, Madt(0, 0)), "type 0x309"),
+    Case("header-unknown", NATIVE, adding(AREA, Madt(0, 0)), "type 0x309", fine_since=(11, 0)),
+    Case("header-unknown", NATIVE, adding(AREA, DeviceTree(0, 0)), "Unknown header type"),
     Case("header-unknown", NATIVE, adding(ErrorRange(0x1000, 1, 4096)), "type 0x30D"),
     Case("unparsable", NATIVE, adding(VersionString(b"1")), "Unable to parse IGVM file"),
     Case("parameter-outside", NATIVE, adding(AREA, VpCount(0, 4093)), None, run=False),
@@ -152,8 +163,9 @@ CASES = [
     Case("vmsa-measured", SEV_ES, context(0, 1, cr4=0), None),
     Case("id-block-twice", SNP, snp(adding(ID_BLOCK, ID_BLOCK)), "Multiple ID blocks"),
     Case("policy-ignored", SEV, adding(GuestPolicy(3, 1)), None),
-    Case("policy-missing", SNP, page(0x5000), None, run=False),
-    Case("policy-invalid", SNP, adding(GuestPolicy(0, 1)), None, run=False),
+    Case("policy-missing", SNP, page(0x5000), None, run=False, fine_since=(11, 0)),
+    Case("policy-invalid", SNP, adding(GuestPolicy(0, 1)), None, run=False, fine_since=(11, 0)),
+    Case("policy-invalid", SNP, adding(GuestPolicy(1, 1)), None, run=False),
 ]  # fmt: skip
 CONTEXT_SEV = Case("context-sev", SEV, native_context(0), "SEV-ES is not supported")
 
@@ -198,34 +210,49 @@ def launch(qemu: Path, file: Path, platform: Platform) -> tuple[bool, str]:
     return done.returncode == 0, done.stderr
 
 
+@pytest.fixture(params=["10.2", "11.0"])
+def qemu(request: pytest.FixtureRequest) -> Path:
+    """A release of QEMU with IGVM."""
+    path = printed("build-qemu.sh", request.param)
+    need(path.exists(), f"QEMU {request.param} with IGVM support")
+    return path
+
+
 @pytest.fixture
-def emulators(request: pytest.FixtureRequest) -> Callable[[Platform], Path]:
+def emulators(
+    request: pytest.FixtureRequest, qemu: Path, tmp_path: Path
+) -> Callable[[Platform], Path]:
+    """The release for a platform: for those of SEV, on the stand-in host."""
+
     def emulator(platform: Platform) -> Path:
         if platform is NATIVE:
-            path: Path = request.getfixturevalue("igvm_qemu")
-            return path
-        standin: SevEmulator = request.getfixturevalue("sev_emulator")
-        return standin.path
+            return qemu
+        request.getfixturevalue("dev_sev")
+        return make_emulator(tmp_path, qemu).path
 
     return emulator
 
 
 @pytest.mark.parametrize("case", [*CASES, CONTEXT_SEV], ids=name_of)
 def test_the_verdict_is_qemus(
-    case: Case, emulators: Callable[[Platform], Path], igvm_qemu: Path, tmp_path: Path
+    case: Case, emulators: Callable[[Platform], Path], qemu: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "case.igvm"
     data = build(case)
     file.write_bytes(data)
-    qemu = acceptance_of(probe(igvm_qemu).version)
-    findings = check_image(IgvmFile.parse(data), case.platform, qemu, GUEST)
-    rules = {finding.rule for finding in findings}
-    assert rules == ({case.rule} if case.rule else set()), findings
-    if not case.run:
+    release = acceptance_of(probe(qemu).version)
+    findings = check_image(IgvmFile.parse(data), case.platform, release, GUEST)
+    rules = case.rules(release)
+    assert {finding.rule for finding in findings} == rules, findings
+    if case.rule in rules and not case.run:
         assert refuses(findings)
         return
     launched, said = launch(emulators(case.platform), file, case.platform)
-    if case.said is None:
+    if "sev-launch" in rules:
+        assert not launched
+        assert refuses(findings)
+        assert "Guest state is invalid" in said or (case.said and case.said in said)
+    elif case.said is None or case.rule not in rules:
         assert launched, said
         # a fallback is QEMU's choice, and never what was asked for
         assert not refuses(findings) or case.rule == "platform-fallback"
@@ -269,5 +296,5 @@ def test_every_rule_is_documented_and_tried() -> None:
     code = "".join(path.read_text() for path in sources)
     rules = set(re.findall(r'\b(?:error|warning)\(\s*"([a-z-]+)"', code))
     assert documented == rules
-    tried = {case.rule for case in (*CASES, CONTEXT_SEV) if case.rule}
+    tried = {case.rule for case in (*CASES, CONTEXT_SEV) if case.rule} | {"sev-launch"}
     assert tried == rules - UNTRIED

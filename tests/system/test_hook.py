@@ -1,143 +1,23 @@
 """The hook with a real libvirtd: an allowed start, and each refusal as virsh prints it."""
 
-import os
-import pwd
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from igvmfw import statefile
 from igvmfw.qemu import emulator
 from tests.parts import need
-from tests.system.guests import Result, domain, igvmfw, wrap
+from tests.system import vtpm
+from tests.system.daemons import Daemon, install_hook
+from tests.system.guests import domain, igvmfw, wrap
 from tests.testbed.standin import make_emulator
 
-HOOK = Path(__file__).parents[2] / "packaging" / "libvirt-hook" / "igvmfw"
-DAEMON_CONF = """\
-auth_unix_ro = "none"
-auth_unix_rw = "none"
-log_outputs = "3:file:/var/log/libvirtd.log"
-"""
-QEMU_CONF = """\
-stdio_handler = "file"
-namespaces = []
-security_driver = "none"
-user = "root"
-group = "root"
-remember_owner = 0
-cgroup_controllers = []
-"""
-# libvirtd with /etc/libvirt, /run, /var and /dev of its own, so that nothing of the host is touched
-# and /dev/sev can come and go
-START = """\
-set -e
-root=$1
-for device in null zero full random urandom kvm; do
-    touch "$root/dev/$device"
-    mount --bind "/dev/$device" "$root/dev/$device"
-done
-mkdir "$root/dev/pts" "$root/dev/shm"
-mount --bind /dev/pts "$root/dev/pts"
-ln -s pts/ptmx "$root/dev/ptmx"
-touch "$root/dev/sev"
-mount --rbind "$root/dev" /dev
-mount --bind "$root/etc" /etc/libvirt
-mount --bind "$root/run" /run
-mount --bind "$root/var" /var
-exec libvirtd
-"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Daemon:
-    """A libvirtd of the tests' own; what it takes for /etc/libvirt, /run, … is below `root`."""
-
-    root: Path
-
-    @property
-    def uri(self) -> str:
-        return f"qemu+unix:///system?socket={self.root}/run/libvirt/libvirt-sock"
-
-    def virsh(self, *words: str | Path) -> Result:
-        done = subprocess.run(
-            ["virsh", "-q", "-c", self.uri, *map(str, words)],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=180,
-        )
-        return Result(code=done.returncode, out=done.stdout, err=done.stderr)
-
-    @property
-    def hook(self) -> Path:
-        return self.root / "etc/hooks/qemu.d/igvmfw"
-
-    def remove_all(self) -> None:
-        for name in self.virsh("list", "--name").out.split():
-            self.virsh("destroy", name)
-        for name in self.virsh("list", "--all", "--name").out.split():
-            self.virsh("undefine", name)
-
-
-def install_hook(path: Path, python: str = sys.executable) -> None:
-    """As an administrator does where igvmfw is not the distribution's."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = HOOK.read_text()
-    assert "\npython=/usr/bin/python3\n" in text
-    path.write_text(text.replace("\npython=/usr/bin/python3\n", f"\npython={python}\n"))
-    path.chmod(0o755)
-
-
-def _libvirt_user_exists() -> bool:
-    return any(entry.pw_name in ("libvirt-qemu", "qemu") for entry in pwd.getpwall())
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[Daemon]:
-    need(os.geteuid() == 0, "root, for a libvirtd in a mount namespace")
-    need(shutil.which("libvirtd", path="/usr/sbin:/usr/bin") is not None, "libvirtd")
-    need(_libvirt_user_exists(), "the user that libvirt runs guests as (libvirt-qemu)")
-    need(os.access("/dev/kvm", os.R_OK | os.W_OK), "KVM (read and write access to /dev/kvm)")
-    root = Path(tempfile.mkdtemp(prefix="igvmfw-d-"))
-    for name in ("dev", "etc", "run", "var/lib", "var/log", "var/cache"):
-        (root / name).mkdir(parents=True)
-    (root / "etc/qemu.conf").write_text(QEMU_CONF)
-    (root / "etc/libvirtd.conf").write_text(DAEMON_CONF)
-    daemon = Daemon(root=root)
-    install_hook(daemon.hook)
-    process = subprocess.Popen(
-        ["unshare", "--mount", "--propagation", "private", "sh", "-c", START, "sh", str(root)],
-        stdout=subprocess.DEVNULL,
-        stderr=(root / "stderr").open("wb"),
-    )
-    try:
-        deadline = time.monotonic() + 60
-        while daemon.virsh("uri").code:
-            said = (root / "stderr").read_text(errors="replace")[-500:]
-            assert process.poll() is None, said
-            assert time.monotonic() < deadline, said
-            time.sleep(0.2)
-        yield daemon
-        daemon.remove_all()
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
-        shutil.rmtree(root, ignore_errors=True)
-
-
-@pytest.fixture
-def daemon(running: Daemon) -> Iterator[Daemon]:
-    yield running
-    running.remove_all()
-    install_hook(running.hook)
-    (running.root / "dev/sev").touch()
+HERE_ALONE = pytest.mark.parametrize("running", ["host"], indirect=True)
 
 
 @pytest.fixture
@@ -178,6 +58,25 @@ def test_a_guest_whose_file_is_as_chosen_starts(daemon: Daemon, native: Path) ->
 def test_a_missing_file(daemon: Daemon, native: Path) -> None:
     native.unlink()
     assert refused(daemon) == f"{native}: cannot read: No such file or directory (check the path)"
+
+
+def test_a_directory_in_its_place(daemon: Daemon, native: Path) -> None:
+    native.unlink()
+    native.mkdir()
+    said = refused(daemon)
+    assert said == f"{native}: cannot read: Is a directory (name a file inside it)"
+
+
+def test_a_damaged_record(daemon: Daemon, native: Path) -> None:
+    text = daemon.virsh("dumpxml", "--inactive", "guest").out
+    edited = native.with_name("edited.xml")
+    edited.write_text(re.sub("(?<=sha256=.)[0-9a-f]{4}", "zzzz", text))
+    assert daemon.virsh("define", edited).code == 0
+    said = refused(daemon)
+    assert "igvmfw's record in <metadata> is damaged" in said
+    assert said.endswith(
+        "(remove igvmfw's element from <metadata> and let igvmfw rewrite the domain anew)"
+    )
 
 
 def test_a_changed_file(daemon: Daemon, native: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,6 +122,7 @@ def test_a_file_that_qemu_is_not_given(daemon: Daemon, native: Path) -> None:
     assert "define the domain again with igvmfw" in said
 
 
+@HERE_ALONE
 def test_an_emulator_without_igvm(daemon: Daemon, native: Path) -> None:
     plain = Path("/usr/bin/qemu-system-x86_64")
     need(plain.exists(), "the distribution's QEMU")
@@ -263,6 +163,14 @@ def test_a_host_without_the_platform(daemon: Daemon, sev: Path) -> None:
     (daemon.root / "dev/sev").unlink()
     said = refused(daemon)
     assert said.startswith("/dev/sev: this host cannot launch sev-es guests: the device is missing")
+    (daemon.root / "dev/sev").touch()
+    switches = daemon.root / "module/kvm_amd/parameters"
+    switches.mkdir(parents=True)
+    (switches / "sev").write_text("Y\n")
+    (switches / "sev_es").write_text("N\n")
+    said = refused(daemon)
+    assert said.startswith("/sys/module/kvm_amd/parameters/sev_es: this host cannot launch sev-es ")
+    assert "KVM has sev_es=N (turn it on in the BIOS and for kvm_amd, or start" in said
 
 
 def test_a_file_without_the_guests_platform(daemon: Daemon, sev: Path) -> None:
@@ -283,6 +191,7 @@ def test_a_file_that_qemu_refuses_for_this_guest(daemon: Daemon, sev: Path) -> N
     assert "vCPU 1" in said
 
 
+@HERE_ALONE
 @pytest.mark.parametrize(
     ("python", "reason"),
     [
@@ -326,6 +235,7 @@ def start_foreign(daemon: Daemon, directory: Path) -> str:
     return daemon.virsh("dumpxml", "foreign").out
 
 
+@HERE_ALONE
 def test_what_a_foreign_domain_pays(
     daemon: Daemon, native: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -359,3 +269,90 @@ def test_what_a_foreign_domain_pays(
             f"\nthe hook takes {cheap:.1f} ms for a foreign domain of {len(foreign) >> 10} KiB, "
             f"{dear:.0f} ms for one with an IGVM file of {native.stat().st_size >> 20} MiB"
         )
+
+
+# a way to a daemon as ssh is one
+RELAY = """\
+#!/usr/bin/python3
+import os, select, socket
+peer = socket.socket(socket.AF_UNIX)
+peer.connect({socket!r})
+while True:
+    for ready in select.select([0, peer], [], [])[0]:
+        data = os.read(0, 65536) if ready == 0 else peer.recv(65536)
+        if not data:
+            raise SystemExit
+        peer.sendall(data) if ready == 0 else os.write(1, data)
+"""
+VTPM_ID = "6ecf0a42-5b5b-4c0b-9d5e-1f1f0a9e0001"
+
+
+@pytest.fixture
+def with_state(daemon: Daemon, igvm_qemu: Path, ovmf: Path, tmp_path: Path) -> Path:
+    """The state of a defined domain's vTPM, where the daemon's guests keep it."""
+    vtpm.firmware(tmp_path / "root", ovmf)
+    xml = tmp_path / "guest.xml"
+    xml.write_text(vtpm.domain(vtpm.emulator(tmp_path, igvm_qemu), id_=VTPM_ID))
+    # the daemon has a /var of its own, in which only rewrite's output can be used
+    made = tmp_path / "made.xml"
+    rewritten = igvmfw("rewrite", "--root", tmp_path / "root", "-o", made, xml)
+    assert rewritten.code == 0, rewritten.err
+    assert daemon.virsh("define", "--validate", made).err == ""
+    state = daemon.root / f"var/lib/libvirt/qemu/igvmfw/libvirt-{VTPM_ID}.raw"
+    shutil.rmtree(state.parent, ignore_errors=True)
+    return state
+
+
+@HERE_ALONE
+def test_the_state_of_a_vtpm(daemon: Daemon, with_state: Path) -> None:
+    inner = f"/var/lib/libvirt/qemu/igvmfw/{with_state.name}"
+    assert refused(daemon).startswith(f"{inner}: the state of guest's vTPM is missing (")
+    statefile.make(with_state, size=vtpm.SIZE, initial=b"CCFSMKFS")
+    assert daemon.virsh("start", "--paused", "guest").err == ""
+    answer = daemon.virsh("qemu-monitor-command", "guest", '{"execute":"query-block"}').out
+    assert f'"file":"{inner}"' in answer
+    assert daemon.virsh("destroy", "guest").code == 0
+    with_state.rename(with_state.with_suffix(".bak"))
+    with_state.symlink_to(with_state.with_suffix(".bak").name)
+    assert "is a link or no regular file" in refused(daemon)
+
+
+@HERE_ALONE
+def test_an_emulator_that_cannot_give_a_vtpm_its_state(
+    daemon: Daemon, with_state: Path, igvm_qemu: Path, tmp_path: Path
+) -> None:
+    statefile.make(with_state, size=vtpm.SIZE, initial=b"CCFSMKFS")
+    text = daemon.virsh("dumpxml", "--inactive", "guest").out
+    xml = tmp_path / "other.xml"
+    xml.write_text(re.sub("<emulator>.*</emulator>", f"<emulator>{igvm_qemu}</emulator>", text))
+    assert daemon.virsh("define", xml).err == ""
+    said = refused(daemon)
+    assert said.startswith(f"{igvm_qemu}: the machine pc-q35-")
+    assert "x-svsm-virtio-mmio" in said
+
+
+@HERE_ALONE
+def test_the_state_of_a_vtpm_on_another_host(
+    daemon: Daemon, with_state: Path, tmp_path: Path
+) -> None:
+    """A URI with a host's name is another host to igvmfw, whatever lies behind it."""
+    relay = tmp_path / "relay"
+    relay.write_text(RELAY.format(socket=str(daemon.root / "run/libvirt/libvirt-sock")))
+    relay.chmod(0o755)
+    uri = f"qemu+ext://elsewhere/system?command={relay}"
+    shown = igvmfw("dumpxml", "-c", uri, "guest")
+    assert shown.code == 0, shown.err
+    xml = tmp_path / "shown.xml"
+    xml.write_text(shown.out)
+    defined = igvmfw("define", "-c", uri, "--root", tmp_path / "root", xml)
+    assert defined.code == 4
+    assert "guest is defined, but will not start: the state of guest's vTPM cannot be made" in (
+        defined.err
+    )
+    assert with_state.name in defined.err
+    assert not with_state.exists()
+    assert igvmfw("undefine", "-c", uri, "guest").code == 1
+    refused_ = igvmfw("undefine", "-c", uri, "--nvram", "guest")
+    assert refused_.code == 4
+    assert "--keep-nvram" in refused_.err
+    assert igvmfw("undefine", "-c", uri, "--keep-nvram", "guest").code == 0

@@ -6,7 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from igvmfw.igvm.builder import ImageBuilder
+from igvmfw.igvm.headers import Madt, ParameterArea
+from igvmfw.platforms import Platform
 from igvmfw.virt.domain import Domain
+from tests.igvm import samples
 from tests.parts import need
 from tests.system.guests import domain, igvmfw, wait_for, wrap
 
@@ -160,3 +164,31 @@ def test_a_new_root_gets_what_it_needs(
     assert defined.code == 0, defined.err
     assert 'stdio_handler = "file"' in (new / "etc" / "qemu.conf").read_text()
     assert (new / "etc" / "qemu" / "guest.xml").exists()
+
+
+def test_a_file_that_this_qemu_refuses_is_named_before_the_start(
+    uri: str, embed_root: Path, igvm_qemu: Path, tmp_path: Path
+) -> None:
+    """By the rules of the release that the domain names, which `check` goes by, and the hook."""
+    builder = ImageBuilder()
+    builder.add(samples.platform(Platform.NATIVE, 1))
+    builder.add_page(0x1000, 1, samples.PAGE)
+    builder.add(ParameterArea(4096, 0))
+    builder.add(Madt(0, 0))  # since QEMU 11.0
+    file = tmp_path / "madt.igvm"
+    file.write_bytes(builder.build())
+    xml = tmp_path / "guest.xml"
+    xml.write_text(domain(igvm_qemu, file, kind="qemu"))
+    checked = igvmfw("check", "--platform", "native", "--emulator", igvm_qemu, file)
+    if checked.code == 0:
+        pytest.skip("this QEMU takes the header")
+    reason = f"{file}: header 3, offset 0x"
+    defined = igvmfw("define", "-c", uri, xml)
+    assert defined.code == 0, defined.err
+    assert f"igvmfw: warning: the domain will not start: {reason}" in defined.err
+    for command, word in (("start", "guest"), ("create", xml)):
+        refused = igvmfw(command, "-c", uri, word)
+        assert (refused.code, refused.out) == (1, "")
+        assert f"igvmfw: error: {reason}" in refused.err
+        assert "QEMU 10.2 would not launch this native guest: " in refused.err
+    assert not (embed_root / "log/qemu/guest.log").exists()  # QEMU was never begun

@@ -268,28 +268,6 @@ def test_libvirts_own_validator_agrees(
         assert verify(uri, "--tik", key).code == code
 
 
-@pytest.mark.parametrize("policy", ["0x1", "0x5"])
-def test_a_daemon_of_a_newer_release_tells_the_same(
-    newer_libvirt: str,
-    sev_emulator: SevEmulator,
-    ovmf: Path,
-    tmp_path: Path,
-    policy: str,
-    tik: Path,
-) -> None:
-    words = ("--platform", "sev", "--platform", "sev-es", "--vcpus", "2")
-    file = wrap(ovmf, tmp_path / "firmware.igvm", *words)
-    security = f"<launchSecurity type='sev'><policy>{policy}</policy></launchSecurity>"
-    xml = tmp_path / "guest.xml"
-    name = f"verified-{policy}"
-    xml.write_text(domain(sev_emulator.path, file, name=name, vcpus=2, security=security))
-    created = igvmfw("create", "-c", newer_libvirt, "--no-lock-memory", "--paused", xml)
-    assert created.code == 0, created.err
-    yes = igvmfw("verify", "-c", newer_libvirt, "--tik", tik, name)
-    assert yes.code == 0, yes.out + yes.err
-    assert sev_emulator.record().digest == bytes.fromhex(facts(yes)["launch digest"])
-
-
 def test_for_sev_snp_the_digest_of_the_attestation_report_is_said(
     newer_libvirt: str, sev_emulator: SevEmulator, ovmf: Path, tmp_path: Path
 ) -> None:

@@ -13,3 +13,17 @@ def printed(script: str, *arguments: str) -> Path:
     command = [str(SCRIPTS / script), *arguments, "--print"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     return Path(shown.stdout.strip())
+
+
+def _suites() -> tuple[str, ...]:
+    shown = subprocess.run(
+        [str(SCRIPTS / "roots.sh"), "--suites"],
+        capture_output=True,
+        text=True,
+        check=False,  # it knows no distribution but Debian and Ubuntu
+        timeout=60,
+    )
+    return tuple(shown.stdout.split())
+
+
+SUITES = _suites()  # the releases that roots.sh makes roots of, newest last

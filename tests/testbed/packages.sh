@@ -2,6 +2,7 @@
 # Installs, through apt, what the test bed needs and this Debian or Ubuntu machine lacks.
 # Asks nothing, and calls apt only where something is missing.
 # usage: packages.sh SET...    of: run    to run igvmfw, its tests and the demonstration
+#                                  words  to test man pages and completion
 #                                  rust   to build the Rust programs that tests compare with
 #                                  build  to build QEMU (with rust)
 #                                  roots  to make a root with a newer libvirt
@@ -9,7 +10,8 @@ set -euo pipefail
 
 run="python3 python3-venv python3-dev gcc libc6-dev pkg-config libssl-dev libvirt-dev libvirt-clients
     libvirt-clients-qemu python3-cryptography python3-lxml libvirt-daemon libvirt-daemon-driver-qemu
-    qemu-system-x86 ovmf seabios xz-utils librsvg2-bin fonts-dejavu-core"
+    qemu-system-x86 ovmf seabios virtinst xz-utils librsvg2-bin fonts-dejavu-core"
+words="zsh fish man-db groff mandoc"
 build="build-essential ninja-build flex bison cbindgen ca-certificates xz-utils python3-venv
     libglib2.0-dev libslirp-dev libfdt-dev zlib1g-dev device-tree-compiler"
 roots="debootstrap"
@@ -33,10 +35,10 @@ packages.sh: there is no apt here. Install these packages' counterparts by hand,
   Debian's names:    $*
   Fedora's names:    python3-devel gcc pkgconf openssl-devel libvirt-devel libvirt-client
                      libvirt-daemon-driver-qemu qemu-system-x86 edk2-ovmf seabios-bin xz
-                     librsvg2-tools dejavu-sans-fonts dejavu-sans-mono-fonts
+                     virt-install librsvg2-tools dejavu-sans-fonts dejavu-sans-mono-fonts
   openSUSE's names:  python3-devel gcc pkg-config libopenssl-devel libvirt-devel libvirt-client
                      libvirt-daemon-driver-qemu qemu-x86 qemu-ovmf-x86_64 qemu-seabios xz
-                     rsvg-convert dejavu-fonts
+                     virt-install rsvg-convert dejavu-fonts
 Their QEMU takes IGVM files, so that none has to be built.
 TEXT
     exit 4
@@ -87,6 +89,7 @@ need_user=""
 for set in "$@"; do
     case $set in
         run) wanted+=" $run"; need_user=1 ;;
+        words) wanted+=" $words" ;;
         rust) need_rust=1 ;;
         build) wanted+=" $build"; need_rust=1 ;;
         roots) wanted+=" $roots" ;;

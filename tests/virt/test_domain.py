@@ -151,7 +151,41 @@ def test_only_a_domain_is_a_domain(text: str) -> None:
         domain(text)
 
 
-@pytest.mark.parametrize("number", ["", "-1", "1e9", "9" * 50, "٣", "two"])
+ABSURD = [
+    "-1",
+    "-0",
+    "+1",
+    "1e9",
+    "1.5",
+    "NaN",
+    "inf",
+    "9" * 50,
+    "٣",
+    "１",
+    "1_0",
+    "two",
+    "\u00a03",
+]
+
+
+@pytest.mark.parametrize("number", ["", "0", *ABSURD])
 def test_absurd_numbers(number: str) -> None:
+    for text in (f"<vcpu>{number}</vcpu>", f"<vcpu current='{number or 0}'>9</vcpu>"):
+        with pytest.raises(DomainError, match="positive number"):
+            _ = domain(f"<domain>{text}</domain>").vcpus
     with pytest.raises(DomainError, match="positive number"):
-        _ = domain(f"<domain><vcpu>{number}</vcpu></domain>").vcpus
+        _ = domain(f"<domain><memory unit='GiB'>{number}</memory></domain>").memory
+
+
+@pytest.mark.parametrize("unit", ["", "parsec", "Kİ", "-", "GiB "])
+def test_absurd_units(unit: str) -> None:
+    text = f"<domain><memory unit='{unit}x'>1</memory></domain>"
+    with pytest.raises(DomainError, match="unknown unit"):
+        _ = domain(text).memory
+
+
+@pytest.mark.parametrize("policy", [*(n for n in ABSURD if n != "1e9"), "0x", "0x1_0", "f" * 9])
+def test_absurd_policies(policy: str) -> None:
+    text = f"<launchSecurity type='sev'><policy>{policy}</policy></launchSecurity>"
+    with pytest.raises(DomainError, match="not a hexadecimal number of 32 bits"):
+        domain(domains.SEV.replace("<launchSecurity type='sev'/>", text)).request()

@@ -1,0 +1,132 @@
+"""The public API: one table, loaded lazily, documented, and the same for type checkers."""
+
+import ast
+import enum
+import importlib
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import igvmfw
+from igvmfw.errors import IgvmfwError
+from tests import api_reference
+from tests.test_imports import HEAVY, NAMES
+
+SOURCE = Path(igvmfw.__file__)
+# what cannot fail: no "Raises:" is asked of them
+SAFE = {"refuses", "search_path", "load_catalog", "take_inventory", "check_image"}
+FUNCTIONS = [name for name in igvmfw.__all__ if inspect.isfunction(getattr(igvmfw, name))]
+CLASSES = [name for name in igvmfw.__all__ if inspect.isclass(getattr(igvmfw, name))]
+
+
+def declared() -> dict[str, tuple[str, str]]:
+    """What a type checker sees: each name with its module, and its name there."""
+    tree = ast.parse(SOURCE.read_bytes())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    assert ast.unparse(block.test) == "TYPE_CHECKING"
+    found = {
+        str(alias.asname): (str(node.module), alias.name)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    for node in block.body:
+        if isinstance(node, ast.Assign):
+            assert isinstance(node.targets[0], ast.Name)
+            assert isinstance(node.value, ast.Name)
+            found[node.targets[0].id] = found.pop(node.value.id)
+    return found
+
+
+def test_what_runs_is_what_a_type_checker_sees() -> None:
+    assert declared() == igvmfw._HOME
+    assert sorted(igvmfw.__all__) == sorted(igvmfw._HOME)
+    for name, (module, attribute) in igvmfw._HOME.items():
+        assert getattr(igvmfw, name) is getattr(importlib.import_module(module), attribute)
+
+
+def test_no_name_is_hidden_by_a_module() -> None:
+    """Importing igvmfw.check makes `igvmfw.check` that module, whatever it was before."""
+    assert not {f"igvmfw.{name}" for name in igvmfw.__all__} & NAMES
+
+
+def test_all_names_are_shown_and_others_are_missing() -> None:
+    assert set(igvmfw.__all__) <= set(dir(igvmfw))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        igvmfw.nothing  # type: ignore[attr-defined]  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("code", "loaded"),
+    [
+        ("import igvmfw", set()),
+        ("import igvmfw; dir(igvmfw); igvmfw.__version__", set()),
+        ("from igvmfw import IgvmfwError, Platform, load_image, launch_digest, wrap", set()),
+        ("from igvmfw import inspect_image, check_image, host_acceptance", set()),
+        ("from igvmfw import Domain, prepare, convert, connect, define", {"lxml"}),
+        ("from igvmfw import *", {"lxml"}),
+    ],
+)
+def test_nothing_heavy_is_loaded_before_it_is_used(code: str, loaded: set[str]) -> None:
+    code += "; import sys; print(*sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    modules = run.stdout.split()
+    assert {name.split(".")[0] for name in modules} & HEAVY == loaded
+    if code.startswith("import igvmfw;"):
+        assert [name for name in modules if name.startswith("igvmfw")] == ["igvmfw"]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_says_what_it_takes_and_raises(name: str) -> None:
+    function = getattr(igvmfw, name)
+    parts = api_reference.sections(function.__doc__ or "")
+    assert parts[""][0].strip()
+    described = {
+        word for item in api_reference.items(parts.get("Args", [])) for word in item.split(", ")
+    }
+    assert described == set(inspect.signature(function).parameters)
+    raised = {
+        word for item in api_reference.items(parts.get("Raises", [])) for word in item.split(", ")
+    }
+    assert raised or name in SAFE
+    for word in raised:
+        assert issubclass(getattr(igvmfw, word), IgvmfwError)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_class_says_what_it_is_and_holds(name: str) -> None:
+    cls = getattr(igvmfw, name)
+    doc = cls.__doc__ or ""
+    assert doc.strip()
+    assert not doc.startswith(f"{cls.__name__}("), "made by dataclass, not written"
+    if issubclass(cls, enum.Enum):
+        return
+    fields = {field for field in getattr(cls, "__dataclass_fields__", ()) if field[0] != "_"}
+    described = api_reference.sections(doc).get("Attributes", [])
+    named = {word for item in api_reference.items(described) for word in item.split(", ")}
+    assert fields <= named | set(api_reference.MEMBERS.get(name, "").split())
+
+
+def test_members_that_are_promised_exist() -> None:
+    for name, members in api_reference.MEMBERS.items():
+        cls = getattr(igvmfw, name)
+        known = {*dir(cls), *getattr(cls, "__dataclass_fields__", ())}
+        known |= {"message", "where", "hint"} if cls is IgvmfwError else set()
+        assert set(members.split()) <= known
+
+
+def test_every_name_has_its_place_in_the_reference() -> None:
+    grouped = {
+        name
+        for modules in api_reference.GROUPS.values()
+        for module in modules.split()
+        for name in api_reference.names_of(module)
+    }
+    assert grouped == set(igvmfw.__all__)
+    if api_reference.DOCUMENT.read_text() != api_reference.written():
+        pytest.fail("docs/api.md is not what the docstrings say: python -m tests.api_reference")
