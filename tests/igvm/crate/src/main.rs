@@ -3,7 +3,8 @@
 //! `digest SOURCE TYPE HEX`: SOURCE is `crate` for the crate's own computing, and `igvmmeasure` for
 //! the algorithm of COCONUT-SVSM's tool of that name (tools/igvmmeasure),
 //! written anew here; TYPE is the IgvmPlatformType.
-//! `igvm-peer --time FILE N` parses one file N times and prints the nanoseconds of each.
+//! `igvm-peer --time FILE N` parses one file N times and prints the nanoseconds of each;
+//! `igvm-peer --time-measure FILE N` parses and measures it for SEV-SNP as igvmmeasure does.
 
 use igvm::{IgvmDirectiveHeader as D, IgvmFile, IgvmInitializationHeader as I, IgvmPlatformHeader as P};
 use igvm_defs::{IgvmPageDataType, IgvmPlatformType};
@@ -253,20 +254,31 @@ fn judge(data: &[u8]) -> String {
     }
 }
 
-fn time(path: &str, count: usize) {
+fn time(path: &str, count: usize, work: impl Fn(&IgvmFile)) {
     let data = std::fs::read(path).expect("readable file");
     for _ in 0..count {
         let start = std::time::Instant::now();
         let file = IgvmFile::new_from_binary(&data, None).expect("valid file");
+        work(&file);
         println!("{}", start.elapsed().as_nanos());
         drop(file);
     }
 }
 
+fn measure(file: &IgvmFile) {
+    for P::SupportedPlatform(p) in file.platforms() {
+        if p.platform_type == IgvmPlatformType::SEV_SNP {
+            std::hint::black_box(igvmmeasure(file, p.platform_type, p.compatibility_mask));
+        }
+    }
+}
+
 fn main() {
     let words: Vec<String> = std::env::args().collect();
-    if words.get(1).map(String::as_str) == Some("--time") {
-        return time(&words[2], words[3].parse().expect("a count"));
+    match words.get(1).map(String::as_str) {
+        Some("--time") => return time(&words[2], words[3].parse().expect("a count"), |_| ()),
+        Some("--time-measure") => return time(&words[2], words[3].parse().expect("a count"), measure),
+        _ => (),
     }
     std::panic::set_hook(Box::new(|_| {}));
     let mut out = std::io::stdout().lock();
