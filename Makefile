@@ -6,7 +6,7 @@ BIN := .venv/bin
 TESTBED := tests/testbed
 PACKAGES := $(TESTBED)/packages.sh
 
-.PHONY: help demo test check lint types venv packages qemu testbed deb rpm fuzz pictures clean
+.PHONY: help bench demo test check lint types venv packages qemu testbed deb rpm fuzz pictures clean
 .DEFAULT_GOAL := help
 
 help: ## say what can be made
@@ -59,6 +59,10 @@ testbed: venv qemu ## everything the tests need, built into ~/.cache/igvmfw
 	@for kind in $$($(TESTBED)/package-roots.sh --kinds); do \
 	    $(TESTBED)/package-roots.sh $$kind >/dev/null || exit; done
 	@$(BIN)/python -c 'from tests.testbed.standin import build_library; build_library()'
+
+# with QUICK=1 it only shows that it works
+bench: testbed ## measure igvmfw beside its peers, and write docs/benchmarks.md
+	@$(BIN)/python -m tests.bench $(if $(QUICK),--quick -o /dev/null)
 
 deb: ## igvmfw's Debian packages, into dist (needs what packaging/debian/control names)
 	@packaging/build-deb dist

@@ -382,7 +382,7 @@ def _read_headers(
 def _read_pages(content: memoryview, start: int, end: int) -> list[PageData]:
     """The PAGE_DATA headers that follow each other from a place on; none where another is."""
     starts = _PAGE_START.iter_unpack(content, start, end)
-    count = sum(1 for _ in takewhile(_IS_PAGE, starts))
+    count = len(list(takewhile(_IS_PAGE, starts)))
     values = _PAGE.iter_unpack(content, start, start + count * _PAGE.size)
     return list(map(PageData.make, values))
 

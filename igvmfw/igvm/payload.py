@@ -10,8 +10,8 @@ table (ovmf.py).
 
 import itertools
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 from igvmfw.errors import FirmwareError
 from igvmfw.igvm.headers import Extent, PageData
@@ -29,7 +29,8 @@ STRIDE = 256 * PAGE_SIZE  # bytes searched at once, at most
 MAX_MARKS = 4  # pages named for an SVSM; its kernel is one
 
 _SVSM = b"! COCONUT-SVSM Version: "
-_VERSION = re.compile(rb"20\d\d\.\d\d-devel-\d+-g[0-9a-f]{7,40}\+?")
+_UNRELEASED = b"-devel-"
+_VERSION = re.compile(rb"20\d\d\.\d\d%b\d+-g[0-9a-f]{7,40}\+?" % _UNRELEASED)
 _SERVICES = {
     "vtpm": (b"svsm::protocols::vtpm", b"kernel/src/vtpm/", b"TPM_Manufacture"),
     "uefi_variables": (b"uefi mm protocol failed to initialize",),
@@ -79,33 +80,37 @@ def identify(image: IgvmFile, platform: Platform | None = None) -> Payload:
     below_4g = _below_4g(image, pages)
     tables = _tables(below_4g)
     firmware = "OVMF" if tables is not None else None
-    # put together already, and not again: but for what crosses its ends
+    # what is put together already is not again, but for its ends, which a mark may cross
     first, last = FOUR_GIB - len(below_4g) + PAGE_SIZE, FOUR_GIB - PAGE_SIZE
     rest = {gpa: page for gpa, page in pages.items() if not first <= gpa < last}
-
-    def windows() -> Iterator[bytes]:
-        yield below_4g
-        yield from _windows(image, rest)
-
     # text alone proves nothing: the other marks count only beside the SVSM's own, and without it
     # nobody has to look for them
-    if not any(_SVSM in window for window in windows()):
+    if any(_SVSM in window for window in _windows(image, rest)):
+        svsm = _svsm(_windows(image, rest))
+    elif _SVSM in below_4g:
+        svsm = _svsm(itertools.chain([below_4g], _windows(image, rest)))
+    else:
         return Payload(platform=platform, firmware=firmware, tables=tables)
+    return replace(svsm, platform=platform, firmware=firmware, tables=tables)
+
+
+def _svsm(windows: Iterable[bytes]) -> Payload:
+    """The SVSM that lies in some memory: its version and services."""
     version = b""
     services: set[str] = set()
-    for window in windows():
-        if not version and (match := _VERSION.search(window)):
+    for window in windows:
+        # the plain search first: it is many times as fast
+        if not version and _UNRELEASED in window and (match := _VERSION.search(window)):
             version = match.group()
         for name, marks in _SERVICES.items():
             if name not in services and any(mark in window for mark in marks):
                 services.add(name)
     return Payload(
-        platform=platform,
-        firmware=firmware,
         svsm="COCONUT-SVSM",
         svsm_version=version.decode() or None,
-        tables=tables,
-        **dict.fromkeys(services, True),
+        vtpm="vtpm" in services,
+        uefi_variables="uefi_variables" in services,
+        persistence="persistence" in services,
     )
 
 

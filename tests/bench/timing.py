@@ -2,18 +2,25 @@
 
 import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Samples:
-    """What was measured of one thing: seconds a round, and the most memory, in bytes."""
+    """What was measured of one thing.
+
+    Attributes:
+        seconds: Of each round.
+        peak: The most memory, in bytes; 0 where it was not measured.
+    """
 
     seconds: list[float] = field(default_factory=list)
-    memory: list[int] = field(default_factory=list)
+    peak: int = 0
 
     @property
     def median(self) -> float:
@@ -24,11 +31,6 @@ class Samples:
     def quartiles(self) -> tuple[float, float]:
         """Seconds, the middle half of the rounds."""
         return quartiles(self.seconds)
-
-    @property
-    def peak(self) -> int:
-        """The most memory, in bytes; 0 where it was not measured."""
-        return max(self.memory, default=0)
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float]:
@@ -44,6 +46,15 @@ def ratios(above: Samples, below: Samples) -> list[float]:
     return [a / b for a, b in zip(above.seconds, below.seconds, strict=True)]
 
 
+_MEASURE = """
+import os, resource, sys
+pid = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ,
+                     file_actions=[(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)])
+os.waitpid(pid, 0)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr)
+"""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Process:
     """A command, or several one after the other, that is timed from its start to its end."""
@@ -52,34 +63,43 @@ class Process:
     stdin: Path = Path(os.devnull)
     environment: Mapping[str, str] | None = None
 
-    def run(self) -> tuple[float, int]:
-        """Seconds on the clock, and the most memory of a process, in bytes."""
+    def run(self) -> float:
+        """Seconds on the clock."""
         environment = os.environ if self.environment is None else self.environment
         files = [
             (os.POSIX_SPAWN_OPEN, 0, str(self.stdin), os.O_RDONLY, 0),
             (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
             (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0),
         ]
-        peak = 0
         begin = time.perf_counter()
         for command in self.commands:
             pid = os.posix_spawn(command[0], list(command), environment, file_actions=files)
-            _, status, usage = os.wait4(pid, 0)
-            peak = max(peak, usage.ru_maxrss << 10)
+            _, status = os.waitpid(pid, 0)
             if status:
                 raise RuntimeError(f"{' '.join(command)[:200]} ended with {status >> 8}")
-        return time.perf_counter() - begin, peak
+        return time.perf_counter() - begin
+
+    def memory(self) -> int:
+        """The most memory of the first command, in bytes, but at least what a bare Python takes.
+
+        A process begins with the memory of the one that started it, so that a small one does.
+        """
+        command = [sys.executable, "-I", "-S", "-c", _MEASURE, *self.commands[0]]
+        with self.stdin.open("rb") as stdin:
+            shown = subprocess.run(
+                command, stdin=stdin, capture_output=True, check=True, env=self.environment
+            )
+        return int(shown.stderr.split()[-1]) << 10
 
 
 def time_processes(processes: Mapping[str, Process], rounds: int) -> dict[str, Samples]:
     """Run each process once a round; the first round, which fills the caches, does not count."""
-    found = {name: Samples() for name in processes}
+    found = {name: Samples(peak=process.memory()) for name, process in processes.items()}
     for number in range(rounds + 1):
         for name, process in processes.items():
-            seconds, memory = process.run()
+            seconds = process.run()
             if number:
                 found[name].seconds.append(seconds)
-                found[name].memory.append(memory)
     return found
 
 
