@@ -34,7 +34,8 @@ _PUBLIC = {
     "igvmfw.qemu.descriptor": "Descriptor",
     "igvmfw.qemu.schema": "Profile",
     "igvmfw.describe": "Description Reason Stated",
-    "igvmfw.inventory": "FileState Row describe_file take:take_inventory",
+    "igvmfw.description": "describe_file",
+    "igvmfw.inventory": "FileState Row take:take_inventory",
     "igvmfw.qemu.catalog": "Catalog Entry State:EntryState load:load_catalog search_path",
     "igvmfw.virt.domain": "Domain Request",
     "igvmfw.select": "Candidate choose",
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from igvmfw.describe import Description as Description
     from igvmfw.describe import Reason as Reason
     from igvmfw.describe import Stated as Stated
+    from igvmfw.description import describe_file as describe_file
     from igvmfw.errors import DescriptorError as DescriptorError
     from igvmfw.errors import DomainError as DomainError
     from igvmfw.errors import EmulatorError as EmulatorError
@@ -88,7 +90,6 @@ if TYPE_CHECKING:
     from igvmfw.images import load_image as load_image
     from igvmfw.inventory import FileState as FileState
     from igvmfw.inventory import Row as Row
-    from igvmfw.inventory import describe_file as describe_file
     from igvmfw.inventory import take as _take_inventory
     from igvmfw.launch import create as create
     from igvmfw.launch import define as define

@@ -8,7 +8,6 @@ import mmap
 import os
 import stat
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,6 +93,8 @@ def write_atomic(path: Path, data: bytes | memoryview, *, mode: int = 0o644) -> 
     Raises:
         OutputError: The directory is missing or not writable, or the disk is full.
     """
+    import tempfile  # loads much, which only writing has to pay for
+
     directory = path.parent
     temporary: str | None = None
     try:

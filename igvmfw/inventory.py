@@ -4,22 +4,19 @@ Files are opened and read here; a file that cannot be read becomes a state, neve
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from igvmfw import files, presets, rooted
-from igvmfw.describe import Description, Stated, describe
+from igvmfw import files, rooted
 from igvmfw.errors import IgvmfwError, InputError
 from igvmfw.igvm.image import IgvmFile
-from igvmfw.igvm.payload import Payload, firmware_image, identify
-from igvmfw.igvm.uefi import find_facts
+from igvmfw.igvm.payload import Payload, identify
 from igvmfw.platforms import Platform
 from igvmfw.provenance import FileIdentity, described_file
 from igvmfw.qemu.catalog import Catalog, Entry
 from igvmfw.qemu.descriptor import PLATFORM_FEATURES, Descriptor, Device
-from igvmfw.qemu.schema import Profile
 
 
 class FileState(StrEnum):
@@ -130,58 +127,3 @@ def platforms_told(descriptor: Descriptor) -> tuple[Platform, ...]:
         for platform, feature in PLATFORM_FEATURES.items()
         if feature in descriptor.features
     )
-
-
-def describe_file(
-    path: str,
-    *,
-    root: Path = rooted.HOST,
-    profile: Profile = Profile.IGVMFW,
-    stated: Stated | None = None,
-    note_time: bool = False,
-    tags: Sequence[str] = (),
-) -> Description:
-    """Read an IGVM file and describe it, with the preset of its place where there is one.
-
-    Args:
-        path: The file, as the host names it; below `root`.
-        root: The root directory whose guests use it: the descriptor has the path seen in there.
-        profile: What the descriptor may hold.
-        stated: What the caller adds.
-        note_time: Note the file's time too, so that a change is seen without reading the file.
-        tags: Tags for the descriptor, before the one that says which file was described.
-    Raises:
-        InputError: The file is missing, unreadable, damaged, or not below `root`.
-        RefusedError, UsageError: As `describe`.
-    """
-    inner = rooted.inner(root, path)
-    try:
-        inner.encode()
-    except UnicodeEncodeError:
-        raise InputError(
-            "the file's name is not UTF-8", where=path, hint="a descriptor is: rename the file"
-        ) from None
-    real = rooted.resolve(root, inner)
-    try:
-        info = os.stat(real)  # before reading: a change meanwhile shows in the time
-    except OSError:
-        info = None  # opening it gives the better error
-    try:
-        with files.mapped(real) as data:
-            image = IgvmFile.parse(data)
-            payloads = [identify(image, platform) for platform in image.supported]
-            facts = [find_facts(firmware_image(image, platform)) for platform in image.supported]
-            preset = presets.find(inner)
-            identity = FileIdentity.of(data, info if note_time else None)
-            return describe(
-                image,
-                payloads,
-                facts,
-                filename=inner,
-                profile=profile,
-                stated=stated,
-                preset=presets.stated(preset) if preset is not None else None,
-                tags=(*tags, identity.tag()),
-            )
-    except IgvmfwError as error:
-        raise error if (error.where or "").startswith(path) else error.within(path) from None

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 from igvmfw import rooted
+from igvmfw.description import describe_file
 from igvmfw.errors import IgvmfwError, InputError
 from igvmfw.install import (
     VENDOR_PRIORITY,
@@ -25,7 +26,6 @@ from igvmfw.install import (
     file_name,
     locked,
 )
-from igvmfw.inventory import describe_file
 from igvmfw.provenance import Writer, described_file, find_writer, is_untouched, sealed
 from igvmfw.qemu import catalog
 from igvmfw.qemu.catalog import Entry

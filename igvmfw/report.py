@@ -7,7 +7,6 @@ from typing import Any
 from igvmfw.errors import IgvmError
 from igvmfw.igvm.headers import Header, PageData, RawHeader, VpContext
 from igvmfw.igvm.image import IgvmFile
-from igvmfw.igvm.landmarks import named_regions
 from igvmfw.igvm.ovmf import TDX_METADATA_GUID, OvmfTables, SectionKind
 from igvmfw.igvm.payload import Payload
 from igvmfw.igvm.rules import AnyHeader
@@ -113,6 +112,8 @@ def _ovmf_dict(tables: OvmfTables | None) -> dict[str, Any] | None:
 
 
 def _summary_dict(image: IgvmFile, summary: Summary, payload: Payload) -> dict[str, Any]:
+    from igvmfw.igvm.landmarks import named_regions  # not for the text
+
     return {
         "platform": summary.platform.value,
         "compatibility_mask": summary.mask,

@@ -19,7 +19,8 @@ GROUPS = {
     "igvmfw.igvm.summary",
     "Check": "igvmfw.check igvmfw.findings igvmfw.qemu.emulator igvmfw.qemu.acceptance",
     "Measure and wrap": "igvmfw.igvm.measure igvmfw.qemu.cpus igvmfw.igvm.wrap",
-    "Descriptors and the catalogue": "igvmfw.inventory igvmfw.describe igvmfw.qemu.descriptor "
+    "Descriptors and the catalogue": "igvmfw.description igvmfw.inventory igvmfw.describe "
+    "igvmfw.qemu.descriptor "
     "igvmfw.qemu.schema igvmfw.qemu.catalog",
     "Choice": "igvmfw.virt.domain igvmfw.select igvmfw.verdict",
     "Domains": "igvmfw.manager igvmfw.rewrite igvmfw.virt.record igvmfw.virt.host igvmfw.launch",

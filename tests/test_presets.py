@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from igvmfw.cli import main
+from igvmfw.description import describe_file
 from igvmfw.errors import UsageError
 from igvmfw.igvm.wrap import wrap
-from igvmfw.inventory import describe_file
 from igvmfw.platforms import Platform
 from igvmfw.presets import find, load, stated
 from igvmfw.qemu.schema import Profile, check_schema

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from igvmfw import files
+from igvmfw.description import describe_file
 from igvmfw.errors import IgvmfwError
 from igvmfw.install import Into, Kind, Level, Place, choose_place, plan_install
-from igvmfw.inventory import describe_file
 from igvmfw.platforms import Platform
 from igvmfw.provenance import Writer, find_writer, is_untouched
 from igvmfw.qemu.catalog import load

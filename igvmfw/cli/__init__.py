@@ -79,7 +79,10 @@ def build_parser(loaded: Collection[str] = tuple(COMMANDS)) -> argparse.Argument
     )
     parser.add_argument("--version", action="version", version=f"igvmfw {__version__}")
     parser.add_argument("-q", "--quiet", action="store_true", help=_QUIET)
-    groups = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    # with `prog` argparse need not format the usage to find it out, for which it loads much
+    groups = parser.add_subparsers(
+        prog=parser.prog, dest="command", metavar="COMMAND", required=True
+    )
     for name, listed in COMMANDS.items():
         sub = groups.add_parser(
             name, help=listed.help, description=listed.help + ".", allow_abbrev=False

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from igvmfw.cli import Command
-from igvmfw.cli.firmware import root_option
+from igvmfw.cli.options import root_option
 from igvmfw.cli.output import (
     emit,
     emit_json,

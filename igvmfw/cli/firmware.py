@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from igvmfw import files, rooted
+from igvmfw import files
 from igvmfw.cli import Command
+from igvmfw.cli.options import root_option
 from igvmfw.cli.output import emit, emit_json, note, warn
 from igvmfw.cli.progress import progress
 from igvmfw.describe import Description, Stated
+from igvmfw.description import describe_file
 from igvmfw.errors import DescriptorError, IgvmfwError, InputError, UsageError
 from igvmfw.install import (
     DEFAULT_PRIORITY,
@@ -30,7 +32,6 @@ from igvmfw.install import (
     plan_install,
     plan_uninstall,
 )
-from igvmfw.inventory import describe_file
 from igvmfw.qemu import jsontext
 from igvmfw.qemu.schema import QEMU_VERSIONS, Profile, Violation, check_schema
 
@@ -46,12 +47,6 @@ def _priority(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 2):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number within 0 to 99")
     return int(text)
-
-
-def _root(text: str) -> Path:
-    if not os.path.isdir(text):
-        raise InputError("is no directory", where=text, hint="--root needs one")
-    return Path(os.path.abspath(text))
 
 
 def _describe_options(parser: argparse.ArgumentParser) -> None:
@@ -83,18 +78,6 @@ def _describe_options(parser: argparse.ArgumentParser) -> None:
     root_option(parser)
     parser.add_argument(
         "--explain", action="store_true", help="say why each item is in the descriptor"
-    )
-
-
-def root_option(parser: argparse.ArgumentParser) -> None:
-    """Declare --root."""
-    parser.add_argument(
-        "--root",
-        type=_root,
-        default=rooted.HOST,
-        metavar="DIR",
-        help="for the guests of another root directory: files are below it, and descriptors name "
-        "them as seen from in there",
     )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from igvmfw import files, rooted
 from igvmfw.cli import Command
-from igvmfw.cli.firmware import root_option
+from igvmfw.cli.options import root_option
 from igvmfw.cli.output import emit, emit_folded, emit_json, warn, width
 from igvmfw.cli.progress import progress
 from igvmfw.errors import DomainError, IgvmfwError, NegativeError, UsageError

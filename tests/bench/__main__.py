@@ -169,7 +169,7 @@ def parse(bench: Bench, files: Mapping[str, Path]) -> None:
     """Reading in process, beside the crate igvm."""
     bench.section(
         "Parse",
-        "In process. The crate `igvm` copies the page data, igvmfw leaves it in its place; both check "
+        "In process. The crate `igvm` copies the page data, igvmfw does not; both check "
         "the rules of the format.",
     )
     rounds = bench.rounds(30)

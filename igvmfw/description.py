@@ -1,0 +1,69 @@
+"""An IGVM file on disk → its descriptor, with the reasons: `describe`, with the file read."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from igvmfw import files, presets, rooted
+from igvmfw.describe import Description, Stated, describe
+from igvmfw.errors import IgvmfwError, InputError
+from igvmfw.igvm.image import IgvmFile
+from igvmfw.igvm.payload import firmware_image, identify
+from igvmfw.igvm.uefi import find_facts
+from igvmfw.provenance import FileIdentity
+from igvmfw.qemu.schema import Profile
+
+
+def describe_file(
+    path: str,
+    *,
+    root: Path = rooted.HOST,
+    profile: Profile = Profile.IGVMFW,
+    stated: Stated | None = None,
+    note_time: bool = False,
+    tags: Sequence[str] = (),
+) -> Description:
+    """Read an IGVM file and describe it, with the preset of its place where there is one.
+
+    Args:
+        path: The file, as the host names it; below `root`.
+        root: The root directory whose guests use it: the descriptor has the path seen in there.
+        profile: What the descriptor may hold.
+        stated: What the caller adds.
+        note_time: Note the file's time too, so that a change is seen without reading the file.
+        tags: Tags for the descriptor, before the one that says which file was described.
+    Raises:
+        InputError: The file is missing, unreadable, damaged, or not below `root`.
+        RefusedError, UsageError: As `describe`.
+    """
+    inner = rooted.inner(root, path)
+    try:
+        inner.encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            "the file's name is not UTF-8", where=path, hint="a descriptor is: rename the file"
+        ) from None
+    real = rooted.resolve(root, inner)
+    try:
+        info = os.stat(real)  # before reading: a change meanwhile shows in the time
+    except OSError:
+        info = None  # opening it gives the better error
+    try:
+        with files.mapped(real) as data:
+            image = IgvmFile.parse(data)
+            payloads = [identify(image, platform) for platform in image.supported]
+            facts = [find_facts(firmware_image(image, platform)) for platform in image.supported]
+            preset = presets.find(inner)
+            identity = FileIdentity.of(data, info if note_time else None)
+            return describe(
+                image,
+                payloads,
+                facts,
+                filename=inner,
+                profile=profile,
+                stated=stated,
+                preset=presets.stated(preset) if preset is not None else None,
+                tags=(*tags, identity.tag()),
+            )
+    except IgvmfwError as error:
+        raise error if (error.where or "").startswith(path) else error.within(path) from None
