@@ -18,8 +18,11 @@ demo: venv qemu ## show the main job step by step, with real guests
 # percent of lines and branches; where parts are missing, tests are skipped and reach less
 COVERAGE := $(if $(CI),95,0)
 
+# tini reaps at once what daemons leave behind: libvirt waits for each QEMU that it has asked, and the
+# first process of a container or a small machine may take its time
 test: lint types testbed ## check style and types, and run all tests with branch coverage
-	@$(BIN)/python -m pytest --cov --cov-fail-under=$(COVERAGE)
+	@$$(command -v tini >/dev/null && echo tini -s --) \
+	    $(BIN)/python -m pytest --cov --cov-fail-under=$(COVERAGE)
 
 check: test ## what CI runs: the same
 

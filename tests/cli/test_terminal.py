@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,8 +108,9 @@ def test_an_interrupt_leaves_nothing(small: Path, tmp_path: Path) -> None:
     root = tmp_path / "root"
     vendor = root / "usr/share/igvm"
     vendor.mkdir(parents=True)
-    for number in range(2000):
-        (vendor / f"{number}.igvm").write_bytes(small.read_bytes())
+    shutil.copy(small, vendor / "0.igvm")
+    for number in range(1, 20_000):  # more than are looked at before the interrupt comes
+        os.link(vendor / "0.igvm", vendor / f"{number}.igvm")
     with terminal() as seen:
         seen.start("refresh", "--root", root)
         seen.wait_for(lambda text: BAR.search(text) is not None)

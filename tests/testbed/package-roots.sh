@@ -106,8 +106,11 @@ inside() { # DIR COMMAND...
     mkdir -p "$all/shared"
     mount --bind "$1/shared" "$all/shared"
     shift
-    exec env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 TERM=dumb \
-        chroot "$all" "$@"
+    # not exec: this shell is the namespace's first process and reaps what daemons leave behind.
+    # libvirt waits for half a minute for each QEMU it asked that nobody reaps
+    env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 TERM=dumb \
+        chroot "$all" "$@" <&0 &
+    wait $!
 }
 
 case ${2-} in

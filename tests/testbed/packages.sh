@@ -10,7 +10,7 @@ set -euo pipefail
 
 run="python3 python3-venv python3-dev gcc libc6-dev pkg-config libssl-dev libvirt-dev libvirt-clients
     libvirt-clients-qemu python3-cryptography python3-lxml libvirt-daemon libvirt-daemon-driver-qemu
-    qemu-system-x86 ovmf seabios virtinst xz-utils librsvg2-bin fonts-dejavu-core"
+    qemu-system-x86 ovmf seabios virtinst xz-utils librsvg2-bin fonts-dejavu-core tini"
 words="zsh fish man-db groff mandoc"
 build="build-essential ninja-build flex bison cbindgen ca-certificates xz-utils python3-venv
     libglib2.0-dev libslirp-dev libfdt-dev zlib1g-dev device-tree-compiler"
