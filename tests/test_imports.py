@@ -23,6 +23,7 @@ JOINS = (
 ORDER = [*GROUND, *SIDES, *JOINS, "cli", "__main__"]
 PROGRAMS = ("cli", "__main__", "hook")  # libvirt starts the hook as a program of its own
 HEAVY = {"libvirt", "lxml", "jsonschema", "rich", "argcomplete"}
+MOST_LINES = 500
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -88,6 +89,11 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 
     for name in graph:
         visit(name, ())
+
+
+def test_modules_are_of_a_size_that_can_be_read() -> None:
+    lines = {name_of(path): path.read_text().count("\n") for path in MODULES}
+    assert {name: count for name, count in lines.items() if count > MOST_LINES} == {}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
