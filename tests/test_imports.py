@@ -16,9 +16,9 @@ PACKAGE = Path(__file__).parents[1] / "igvmfw"
 GROUND = "errors platforms files resources rooted machine".split()
 SIDES = "igvm qemu virt".split()  # know nothing of each other
 JOINS = (
-    "images findings describe presets provenance description check_context check inventory install "
-    "refresh select verdict commandline cocoonfs state statefile rewrite upkeep preflight launch "
-    "manager hook verify report memorymap drawing textmap doctor"
+    "images findings describe presets provenance description check_context check_memory check "
+    "inventory install refresh select verdict commandline cocoonfs state statefile rewrite upkeep "
+    "preflight launch manager hook verify report memorymap drawing textmap doctor"
 ).split()
 ORDER = [*GROUND, *SIDES, *JOINS, "cli", "__main__"]
 PROGRAMS = ("cli", "__main__", "hook")  # libvirt starts the hook as a program of its own
