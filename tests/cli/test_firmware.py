@@ -525,6 +525,31 @@ def test_list_for_a_domain_judges_the_file_too(run: Run, root: Path, tmp_path: P
     assert "cannot read: No such file" in err
 
 
+def test_a_plain_domain_gets_the_first_file_that_is_for_it(
+    run: Run, root: Path, tmp_path: Path
+) -> None:
+    """A descriptor cannot say that its file is not for plain guests; the file can."""
+    snp = file_in(root).with_name("snp.igvm")
+    snp.write_bytes(samples.small(Platform.SEV_SNP))
+    run("install", "--root", root, "--interface", "uefi", snp)
+    xml = domain(tmp_path / "plain.xml")
+    code, out, err = run("rewrite", "--root", root, xml)
+    assert (code, out) == (1, "")
+    assert "65-snp.json: native is none of its file's platforms" in err
+    code, out, _ = run("list", "--root", root, "--for", xml)
+    assert (code, out) == (1, "  65-snp.json: native is none of its file's platforms\n")
+    run("install", "--root", root, "--name", "zz", file_in(root))
+    code, out, err = run("rewrite", "--root", root, xml)
+    assert code == 0, err
+    assert "/usr/share/igvm/ovmf-sev.igvm" in out
+    code, out, _ = run("list", "--root", root, "--for", xml)
+    assert code == 0
+    assert out.splitlines() == [
+        "  65-snp.json: native is none of its file's platforms",
+        "* 65-zz.json: chosen, /usr/share/igvm/ovmf-sev.igvm",
+    ]
+
+
 def test_list_for_a_domain_that_names_its_file(run: Run, root: Path, tmp_path: Path) -> None:
     xml = tmp_path / "named.xml"
     named = domain(xml).read_text().replace("firmware='igvm'", "")
