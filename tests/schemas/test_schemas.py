@@ -8,6 +8,7 @@ import pytest
 from igvmfw.qemu import jsontext
 from igvmfw.qemu.descriptor import Descriptor, StorageInterface
 from igvmfw.qemu.schema import (
+    MAX_VIOLATIONS,
     QEMU_VERSIONS,
     Profile,
     check_schema,
@@ -165,3 +166,13 @@ def test_every_descriptor_of_the_field_validates() -> None:
         architectures |= {target.architecture for target in descriptor.targets}
     assert judged >= 15
     assert architectures >= {"x86_64", "i386", "aarch64", "arm"}
+
+
+def test_a_file_full_of_mistakes_is_told_of_some() -> None:
+    """A file of 1 MiB can break rules a million times: each would be searched, kept and told."""
+    wrong = {**igvm_document(), "features": [1] * 100_000}
+    violations = check_schema(wrong)
+    assert len(violations) == MAX_VIOLATIONS + 1
+    numbers = [int(v.where.removeprefix("features[").rstrip("]")) for v in violations[:-1]]
+    assert numbers == sorted(numbers)
+    assert "more wrong" in str(violations[-1])
