@@ -35,7 +35,7 @@ def header_dict(image: IgvmFile, header: AnyHeader) -> dict[str, Any]:
     if isinstance(header, RawHeader):
         return {"type": type_name(header.type), "body": header.body.hex()}
     fields: dict[str, Any] = {"type": type_name(header.type)}
-    for name, value in header.to_dict().items():
+    for name, value in header.fields().items():
         fields[name] = _value(name, value)
     try:
         size = data_size(image, header)
@@ -244,7 +244,7 @@ def _directive_line(masks: _Masks, header: AnyHeader) -> str:
         return f"    {type_name(header.type)}  {len(header.body)} bytes"
     fields = [
         f"{name} 0x{value:x}"
-        for name, value in header.to_dict().items()
+        for name, value in header.fields().items()
         if isinstance(value, int) and name not in ("compatibility_mask", "reserved", "file_offset")
     ]
     mask = getattr(header, "compatibility_mask", None)

@@ -6,11 +6,11 @@ X64/OvmfSevMetadata.asm (SEV sections), X64/IgvmMetadata.asm (IGVM parameters).
 
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import IntEnum
 
 from igvmfw.errors import FirmwareError, IgvmError
 from igvmfw.igvm.reader import U32, Buffer, Layout
+from igvmfw.records import Record
 
 FOOTER_END = 32  # bytes from the table's end to the image's end
 FOOTER_GUID = uuid.UUID("96b582de-1fb2-45f7-baea-a366c55a082d")
@@ -42,8 +42,7 @@ class SectionKind(IntEnum):
     IGVM_HOB_AREA = 0x200
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Section:
+class Section(Record):
     """A range the firmware names.
 
     `base` is a guest physical address, or for IGVM_PARAM_MEMORY_MAP and IGVM_PARAM_VP_COUNT an
@@ -56,8 +55,7 @@ class Section:
     size: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OvmfTables:
+class OvmfTables(Record):
     """What the tables of an OVMF binary say."""
 
     guids: tuple[uuid.UUID, ...]

@@ -11,7 +11,6 @@ table (ovmf.py).
 import itertools
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
 
 from igvmfw.errors import FirmwareError
 from igvmfw.igvm.headers import Extent, PageData
@@ -19,6 +18,7 @@ from igvmfw.igvm.image import IgvmFile
 from igvmfw.igvm.ovmf import OvmfTables, find_tables
 from igvmfw.igvm.spec import PAGE_SIZE
 from igvmfw.platforms import Platform
+from igvmfw.records import Record
 
 FOUR_GIB = 1 << 32
 MAX_FIRMWARE = 64 << 20  # bytes below 4 GiB that are looked at as firmware
@@ -38,8 +38,7 @@ _SERVICES = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Payload:
+class Payload(Record):
     """What was found in the memory of one platform.
 
     Attributes:
@@ -91,7 +90,7 @@ def identify(image: IgvmFile, platform: Platform | None = None) -> Payload:
         svsm = _svsm(itertools.chain([below_4g], _windows(image, rest)))
     else:
         return Payload(platform=platform, firmware=firmware, tables=tables)
-    return replace(svsm, platform=platform, firmware=firmware, tables=tables)
+    return svsm.replace(platform=platform, firmware=firmware, tables=tables)
 
 
 def _svsm(windows: Iterable[bytes]) -> Payload:
