@@ -10,8 +10,9 @@ from functools import partial
 from operator import itemgetter
 from typing import Any, ClassVar, Self, dataclass_transform
 
-# A frozen dataclass compiles code of its own as it is declared, which for all headers took half of a
-# start of `inspect`, and sets its fields one by one, which thousands of pages wait for.  A named tuple is as fast, but equals every other tuple of the same values.
+# A frozen dataclass compiles code of its own as it is declared, which for all headers took half of
+# a start of `inspect`, and sets its fields one by one, which thousands of pages wait for.  A named
+# tuple is as fast, but equals every other tuple of the same values.
 _MOST_FIELDS = 16
 _names = [f"field{index}" for index in range(_MOST_FIELDS)]
 _place: Any = namedtuple("_place", _names)  # type: ignore[misc]
