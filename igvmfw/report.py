@@ -10,7 +10,14 @@ from igvmfw.igvm.image import IgvmFile
 from igvmfw.igvm.ovmf import TDX_METADATA_GUID, OvmfTables, SectionKind
 from igvmfw.igvm.payload import Payload
 from igvmfw.igvm.rules import AnyHeader
-from igvmfw.igvm.spec import PageDataFlags, PageDataType, PlatformType, type_name
+from igvmfw.igvm.spec import (
+    PageDataFlags,
+    PageDataType,
+    PlatformType,
+    Section,
+    section_of,
+    type_name,
+)
 from igvmfw.igvm.summary import RESET_ENTRY, Summary, context_registers, data_size, summarize
 from igvmfw.platforms import Platform
 
@@ -81,7 +88,10 @@ def inspection(
 
 def _directive_counts(image: IgvmFile) -> Counter[str]:
     """How many directives there are of each type, by name."""
-    counts = Counter(header.type for header in image.directives)
+    counts: Counter[int] = Counter()
+    if image.pages:  # thousands, known already
+        counts[PageData.TYPE] = len(image.pages)
+    counts.update(h.type for h in image.others if section_of(h.type) is Section.DIRECTIVE)
     return Counter({type_name(kind): count for kind, count in counts.items()})
 
 
