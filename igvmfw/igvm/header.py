@@ -8,14 +8,13 @@ from collections.abc import Iterator
 from typing import ClassVar, NamedTuple, Self
 
 from igvmfw.igvm.reader import Buffer, Layout
-from igvmfw.igvm.records import Record
 from igvmfw.igvm.spec import PAGE_SIZE, HeaderType
+from igvmfw.records import Record
 
 
 class Breach(Record):
     """A rule that a header breaks: the rule's id, and what was found."""
 
-    __slots__ = ()
     rule: str
     message: str
 
@@ -30,7 +29,6 @@ class Extent(NamedTuple):
 class Header(Record):
     """Base of all variable headers."""
 
-    __slots__ = ()
     TYPE: ClassVar[HeaderType]
     LAYOUT: ClassVar[Layout]
     type: ClassVar[int]  # as it stands in the file
@@ -80,7 +78,6 @@ def zero(name: str, value: int) -> Iterator[Breach]:
 class RawHeader(Record):
     """A header igvmfw does not know, or marked optional: kept as it stands in the file."""
 
-    __slots__ = ()
     type: int
     body: bytes
 

@@ -66,7 +66,6 @@ __all__ = [
 class ParameterArea(Header):
     """IGVM_VHS_PARAMETER_AREA: a buffer that parameters are written to before its insertion."""
 
-    __slots__ = ()
     TYPE = HeaderType.PARAMETER_AREA
     LAYOUT = Layout("QII")
     number_of_bytes: int
@@ -89,7 +88,6 @@ _SHARED = int(PageDataFlags.SHARED)
 class PageData(Header):
     """IGVM_VHS_PAGE_DATA: one page of guest memory."""
 
-    __slots__ = ()
     TYPE = HeaderType.PAGE_DATA
     LAYOUT = Layout("QIIIHH")
     gpa: int
@@ -152,7 +150,6 @@ class PageData(Header):
 class ParameterInsert(Header):
     """IGVM_VHS_PARAMETER_INSERT: puts a parameter area into guest memory."""
 
-    __slots__ = ()
     TYPE = HeaderType.PARAMETER_INSERT
     LAYOUT = Layout("QII")
     gpa: int
@@ -170,7 +167,6 @@ class VpContext(Header):
     (VSM) or IgvmVpContextAArch64Cca (CCA), each in a page of 4 KiB but for the list.
     """
 
-    __slots__ = ()
     TYPE = HeaderType.VP_CONTEXT
     LAYOUT = Layout("QIIHH")
     gpa: int
@@ -186,7 +182,6 @@ class VpContext(Header):
 class RequiredMemory(Header):
     """IGVM_VHS_REQUIRED_MEMORY: guest memory that must be present."""
 
-    __slots__ = ()
     TYPE = HeaderType.REQUIRED_MEMORY
     LAYOUT = Layout("QIIII")
     gpa: int
@@ -209,7 +204,6 @@ class RequiredMemory(Header):
 class Parameter(Header):
     """IGVM_VHS_PARAMETER: where in a parameter area the loader deposits a value or table."""
 
-    __slots__ = ()
     LAYOUT = Layout("II")
     parameter_area_index: int
     byte_offset: int
@@ -218,70 +212,60 @@ class Parameter(Header):
 class VpCount(Parameter):
     """VP_COUNT_PARAMETER: the number of virtual processors, a u32."""
 
-    __slots__ = ()
     TYPE = HeaderType.VP_COUNT_PARAMETER
 
 
 class Srat(Parameter):
     """SRAT: the ACPI table."""
 
-    __slots__ = ()
     TYPE = HeaderType.SRAT
 
 
 class Madt(Parameter):
     """MADT: the ACPI table."""
 
-    __slots__ = ()
     TYPE = HeaderType.MADT
 
 
 class MmioRanges(Parameter):
     """MMIO_RANGES: an IGVM_VHS_MMIO_RANGES."""
 
-    __slots__ = ()
     TYPE = HeaderType.MMIO_RANGES
 
 
 class MemoryMap(Parameter):
     """MEMORY_MAP: an array of IGVM_VHS_MEMORY_MAP_ENTRY."""
 
-    __slots__ = ()
     TYPE = HeaderType.MEMORY_MAP
 
 
 class CommandLine(Parameter):
     """COMMAND_LINE: null-terminated ASCII."""
 
-    __slots__ = ()
     TYPE = HeaderType.COMMAND_LINE
 
 
 class Slit(Parameter):
     """SLIT: the ACPI table."""
 
-    __slots__ = ()
     TYPE = HeaderType.SLIT
 
 
 class Pptt(Parameter):
     """PPTT: the ACPI table."""
 
-    __slots__ = ()
     TYPE = HeaderType.PPTT
 
 
 class DeviceTree(Parameter):
     """DEVICE_TREE: a flattened device tree."""
 
-    __slots__ = ()
     TYPE = HeaderType.DEVICE_TREE
 
 
 class EnvironmentInfo(Parameter):
     """ENVIRONMENT_INFO_PARAMETER: an IgvmEnvironmentInfo, a u32 of flags."""
 
-    __slots__ = ()
     TYPE = HeaderType.ENVIRONMENT_INFO_PARAMETER
 
 
@@ -292,7 +276,6 @@ class SnpIdBlock(Header):
     qx and qy.
     """
 
-    __slots__ = ()
     TYPE = HeaderType.SNP_ID_BLOCK
     LAYOUT = Layout("IB3s48s16s16sIIII144s152s144s152s")
     compatibility_mask: int
@@ -314,7 +297,6 @@ class SnpIdBlock(Header):
 class ErrorRange(Header):
     """IGVM_VHS_ERROR_RANGE: shared memory in which the guest reports errors."""
 
-    __slots__ = ()
     TYPE = HeaderType.ERROR_RANGE
     LAYOUT = Layout("QII")
     gpa: int
@@ -329,7 +311,6 @@ class ErrorRange(Header):
 class VbsMeasurement(Header):
     """IGVM_VHS_VBS_MEASUREMENT: Hyper-V's signed boot measurement."""
 
-    __slots__ = ()
     TYPE = HeaderType.VBS_MEASUREMENT
     LAYOUT = Layout("IIIIIIII64s256s512s")
     compatibility_mask: int

@@ -21,7 +21,6 @@ from igvmfw.igvm.spec import (
 class SupportedPlatform(Header):
     """IGVM_VHS_SUPPORTED_PLATFORM: a platform, and the mask other headers name it by."""
 
-    __slots__ = ()
     TYPE = HeaderType.SUPPORTED_PLATFORM
     LAYOUT = Layout("IBBHQ")
     compatibility_mask: int
@@ -50,7 +49,6 @@ class SupportedPlatform(Header):
 class GuestPolicy(Header):
     """IGVM_VHS_GUEST_POLICY: the isolation policy, in the platform's own encoding."""
 
-    __slots__ = ()
     TYPE = HeaderType.GUEST_POLICY
     LAYOUT = Layout("QII")
     policy: int
@@ -64,7 +62,6 @@ class GuestPolicy(Header):
 class RelocatableRegion(Header):
     """IGVM_VHS_RELOCATABLE_REGION: memory that a loader may move as a whole."""
 
-    __slots__ = ()
     TYPE = HeaderType.RELOCATABLE_REGION
     LAYOUT = Layout("IHBBQQQQQ")
     compatibility_mask: int
@@ -109,7 +106,6 @@ def _region(name: str, gpa: int, size: int) -> Iterator[Breach]:
 class PageTableRelocation(Header):
     """IGVM_VHS_PAGE_TABLE_RELOCATION: the page tables to fix up when regions move."""
 
-    __slots__ = ()
     TYPE = HeaderType.PAGE_TABLE_RELOCATION_REGION
     LAYOUT = Layout("IHBBQQQ")
     compatibility_mask: int
@@ -135,7 +131,6 @@ class PageTableRelocation(Header):
 
 
 class _CorimData(Header):
-    __slots__ = ()
     LAYOUT = Layout("IIII")
     compatibility_mask: int
     file_offset: int
@@ -152,7 +147,6 @@ class _CorimData(Header):
 class CorimDocument(_CorimData):
     """IGVM_VHS_CORIM_DATA of a CORIM_DOCUMENT: reference values, as CBOR in the file data."""
 
-    __slots__ = ()
     TYPE = HeaderType.CORIM_DOCUMENT
     compatibility_mask: int
     file_offset: int
@@ -163,7 +157,6 @@ class CorimDocument(_CorimData):
 class CorimSignature(_CorimData):
     """IGVM_VHS_CORIM_DATA of a CORIM_SIGNATURE: a COSE_Sign1 over the document."""
 
-    __slots__ = ()
     TYPE = HeaderType.CORIM_SIGNATURE
     compatibility_mask: int
     file_offset: int
@@ -174,7 +167,6 @@ class CorimSignature(_CorimData):
 class CcaPolicy(Header):
     """IGVM_VHS_CCA_POLICY: the policy of an Arm CCA realm."""
 
-    __slots__ = ()
     TYPE = HeaderType.CCA_POLICY
     LAYOUT = Layout("IIQQBB6s")
     compatibility_mask: int
@@ -196,7 +188,6 @@ class CcaPolicy(Header):
 class VersionString(Header):
     """VERSION_STRING: the owner's label of the file; the content is the UTF-8 text itself."""
 
-    __slots__ = ()
     TYPE = HeaderType.VERSION_STRING
     text: bytes
 

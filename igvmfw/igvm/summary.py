@@ -1,7 +1,6 @@
 """What an image does on one platform, in figures a person asks for."""
 
 from collections import Counter
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from igvmfw.errors import IgvmError
@@ -21,14 +20,14 @@ from igvmfw.igvm.rules import AnyHeader
 from igvmfw.igvm.spec import PAGE_SIZE, PageDataType, PlatformType, type_name
 from igvmfw.igvm.vpcontext import Vmsa, parse_cca, parse_native, parse_vbs
 from igvmfw.platforms import Platform
+from igvmfw.records import Record
 
 _EFER_LMA = 1 << 10
 _CR0_PE = 1 << 0
 RESET_ENTRY = "architectural reset"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VpEntry:
+class VpEntry(Record):
     """Where a virtual processor starts.
 
     Attributes:
@@ -40,8 +39,7 @@ class VpEntry:
     entry: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Summary:
+class Summary(Record):
     """One platform of an image; all sizes in bytes of guest memory.
 
     Attributes:
