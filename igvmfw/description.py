@@ -6,11 +6,12 @@ from pathlib import Path
 
 from igvmfw import files, presets, rooted
 from igvmfw.describe import Description, Stated, describe
-from igvmfw.errors import IgvmfwError, InputError
+from igvmfw.errors import IgvmfwError, InputError, RefusedError
 from igvmfw.igvm.image import IgvmFile
 from igvmfw.igvm.payload import firmware_image, identify
 from igvmfw.igvm.uefi import find_facts
 from igvmfw.provenance import FileIdentity
+from igvmfw.qemu.options import file_value
 from igvmfw.qemu.schema import Profile
 
 
@@ -34,7 +35,8 @@ def describe_file(
         tags: Tags for the descriptor, before the one that says which file was described.
     Raises:
         InputError: The file is missing, unreadable, damaged, or not below `root`.
-        RefusedError, UsageError: As `describe`.
+        RefusedError: As `describe`, or the file has a name that QEMU cannot be given.
+        UsageError: As `describe`.
     """
     inner = rooted.inner(root, path)
     try:
@@ -43,6 +45,10 @@ def describe_file(
         raise InputError(
             "the file's name is not UTF-8", where=path, hint="a descriptor is: rename the file"
         ) from None
+    try:
+        file_value(inner)
+    except RefusedError as error:
+        raise error.within(path) from None
     real = rooted.resolve(root, inner)
     try:
         info = os.stat(real)  # before reading: a change meanwhile shows in the time

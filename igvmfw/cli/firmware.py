@@ -10,7 +10,7 @@ from typing import Any
 from igvmfw import files
 from igvmfw.cli import Command
 from igvmfw.cli.options import root_option
-from igvmfw.cli.output import emit, emit_json, note, warn
+from igvmfw.cli.output import emit, emit_json, note, one_line, warn
 from igvmfw.cli.progress import progress
 from igvmfw.describe import Description, Stated
 from igvmfw.description import describe_file
@@ -182,9 +182,9 @@ def _validate(args: argparse.Namespace) -> int:
         code = max(code, 1 if violations else 0)
         if not args.json:
             for violation in violations:
-                emit(f"{name}: {violation}")
+                emit(one_line(f"{name}: {violation}"))
             if not violations:
-                emit(f"{name}: valid")
+                emit(one_line(f"{name}: valid"))
     if args.json:
         emit_json({"profile": profile.value, "qemu": qemu, "descriptors": documents})
     return code
@@ -397,7 +397,7 @@ def _report(
         return 0
     for action in actions:
         done = f"would be {_DONE[action.kind]}" if args.dry_run else _DONE[action.kind]
-        emit(f"{done:9}  {action.path}  ({action.reason})")
+        emit(one_line(f"{done:9}  {action.path}  ({action.reason})"))
     return 0
 
 

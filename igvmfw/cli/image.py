@@ -5,7 +5,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from igvmfw.cli import Command
-from igvmfw.cli.output import emit, emit_bytes, emit_folded, emit_json, emit_map, note, warn
+from igvmfw.cli.output import (
+    emit,
+    emit_bytes,
+    emit_folded,
+    emit_json,
+    emit_map,
+    note,
+    one_line,
+    warn,
+)
 from igvmfw.cli.progress import progress
 from igvmfw.errors import IgvmfwError, OutputError, UsageError
 from igvmfw.files import STDIN, mapped, write_atomic
@@ -59,7 +68,7 @@ def _inspect(args: argparse.Namespace) -> int:
                     if args.json:
                         documents.append(inspection(image, name, payload, pages=args.pages))
                     else:
-                        emit_folded(inspection_text(image, name, payload))
+                        emit_folded(inspection_text(image, one_line(name), payload))
                         for line in page_runs(image) if args.pages else ():
                             emit_folded(line)
                     if args.map is not None:
@@ -179,7 +188,7 @@ def _measure(args: argparse.Namespace) -> int:
     else:
         vcpus = f"{args.vcpus} vCPU{'s' * (args.vcpus > 1)}"
         order = vcpus if vmm is Vmm.QEMU else "file order"
-        emit(f"{digest.hex()}  {platform}  {order}  {args.file}")
+        emit(one_line(f"{digest.hex()}  {platform}  {order}  {args.file}"))
         if stated is not None:
             emit(_id_block_text(stated, digest))
     return int(differs)

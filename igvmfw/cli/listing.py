@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from igvmfw import files, rooted
 from igvmfw.cli import Command
 from igvmfw.cli.options import root_option
-from igvmfw.cli.output import emit, emit_folded, emit_json, warn, width
+from igvmfw.cli.output import emit, emit_folded, emit_json, one_line, warn, width
 from igvmfw.cli.progress import progress
 from igvmfw.errors import DomainError, IgvmfwError, NegativeError, UsageError
 from igvmfw.install import FIRST_TOLERANT_LIBVIRT, find_libvirt
@@ -150,6 +150,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def _print_table(rows: Sequence[Sequence[str]]) -> None:
     """Columns as wide as their widest cell; where a terminal is narrower, one cell a line."""
+    rows = [[one_line(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     columns = width()
     if columns is not None and sum(widths) + 2 * (len(widths) - 1) > columns:
@@ -226,9 +227,9 @@ def _list_for_domain(args: argparse.Namespace) -> int:
         emit_json(document | {"file": _path(judgement.candidate), "file_problem": problem})
     else:
         for _, verdict in shown:
-            emit_folded(_verdict_line(verdict))
+            emit_folded(one_line(_verdict_line(verdict)))
         if judgement.candidate is not None and request.path is not None:
-            emit_folded(f"* {request.path}: named by the domain")
+            emit_folded(one_line(f"* {request.path}: named by the domain"))
     if problem is not None:
         warn(problem)
     return 1 if judgement.candidate is None or problem is not None else 0

@@ -525,6 +525,40 @@ def test_list_for_a_domain_judges_the_file_too(run: Run, root: Path, tmp_path: P
     assert "cannot read: No such file" in err
 
 
+FORGED = "x\nigvmfw: error: not true\x1b[31m.igvm"
+
+
+def test_a_files_name_forges_no_line(run: Run, root: Path) -> None:
+    forged = root / "usr/share/igvm" / FORGED
+    forged.write_bytes(file_in(root).read_bytes())
+    for words in (["refresh", "--root", root], ["inspect", forged], ["describe", forged]):
+        _, out, err = run(*words)
+        assert "not true\\x1b" in out + err
+        assert "\nigvmfw: error: not true" not in out + err
+    written = [path.name for path in (root / "usr/share/qemu/firmware").iterdir()]
+    assert written == ["70-igvm-ovmf-sev.json"]  # QEMU cannot be given the other one
+
+
+@pytest.mark.parametrize("name", ["usr/share/igvm/ovmf-sev.igvm", f"/usr/share/igvm/{FORGED}"])
+def test_a_descriptor_whose_file_qemu_cannot_get_hides_no_other(
+    name: str, run: Run, root: Path, tmp_path: Path
+) -> None:
+    run("install", "--root", root, file_in(root))
+    (root / "usr/share/igvm" / FORGED).write_bytes(file_in(root).read_bytes())
+    put(root / "etc/qemu/firmware/10-odd.json", mapping={"device": "igvm", "filename": name})
+    xml = domain(tmp_path / "plain.xml")
+    code, out, err = run("list", "--root", root, "--for", xml)
+    assert code == 0, err
+    first, second = out.splitlines()
+    assert first.startswith("  10-odd.json: the path ")
+    assert second.startswith("* 65-ovmf-sev.json: chosen")
+    code, out, _ = run("list", "--root", root)
+    assert len(out.splitlines()) == 3
+    code, out, _ = run("rewrite", "--root", root, xml)
+    assert code == 0
+    assert "/usr/share/igvm/ovmf-sev.igvm" in out
+
+
 def test_a_plain_domain_gets_the_first_file_that_is_for_it(
     run: Run, root: Path, tmp_path: Path
 ) -> None:
