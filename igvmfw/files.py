@@ -98,7 +98,7 @@ def write_atomic(path: Path, data: bytes | memoryview, *, mode: int = 0o644) -> 
     directory = path.parent
     temporary: str | None = None
     try:
-        fd, temporary = tempfile.mkstemp(prefix=f".{path.name[:100]}.", dir=directory)
+        fd, temporary = tempfile.mkstemp(prefix=temporary_prefix(path), dir=directory)
         try:
             view = memoryview(data)
             while view:
@@ -120,6 +120,11 @@ def write_atomic(path: Path, data: bytes | memoryview, *, mode: int = 0o644) -> 
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+
+
+def temporary_prefix(path: Path) -> str:
+    """How the name begins that `write_atomic` gives a file first; 8 characters follow."""
+    return f".{path.name[:100]}."
 
 
 def sync_directory(directory: Path) -> None:

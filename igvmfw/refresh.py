@@ -22,9 +22,9 @@ from igvmfw.install import (
     Action,
     Kind,
     Place,
+    all_locked,
     carry_out,
     file_name,
-    locked,
 )
 from igvmfw.provenance import Writer, described_file, find_writer, is_untouched, sealed
 from igvmfw.qemu import catalog
@@ -96,11 +96,7 @@ def refresh(
     if dry_run:
         _plan(plan, found, directories)
     else:
-        others = _same_level(place)
-        with contextlib.ExitStack() as stack:
-            for other in others:
-                stack.enter_context(locked(other, create=False))
-            stack.enter_context(locked(place, create=bool(found)))
+        with all_locked((place, *_same_level(place)), made=place if found else None):
             _plan(plan, found, directories)
             carry_out(place, plan.actions)
     return Refreshed(actions=tuple(plan.actions), problems=(*problems, *plan.problems))
@@ -116,9 +112,7 @@ def remove_all(place: Place, *, dry_run: bool = False) -> Refreshed:
         OutputError: A directory cannot be written.
     """
     places = (place, *_same_level(place))
-    with contextlib.ExitStack() as stack:
-        for each in places if not dry_run else ():
-            stack.enter_context(locked(each, create=False))
+    with all_locked(() if dry_run else places):
         entries = catalog.load([each.directory for each in places], place.root).entries
         actions = tuple(
             _removal(entry, entry.descriptor, "written by refresh")

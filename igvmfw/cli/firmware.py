@@ -1,7 +1,6 @@
 """Commands on firmware descriptors: describe, validate, install, uninstall, refresh."""
 
 import argparse
-import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from igvmfw.install import (
     Kind,
     Level,
     Place,
+    all_locked,
     carry_out,
     choose_place,
     file_name,
@@ -298,9 +298,7 @@ def _uninstall_arguments(parser: argparse.ArgumentParser) -> None:
 def _uninstall(args: argparse.Namespace) -> int:
     intos = (Into.QEMU, Into.IGVMFW) if args.into is Into.AUTO else (args.into,)
     places = [choose_place(args.level, root=args.root, into=into) for into in intos]
-    with contextlib.ExitStack() as stack:
-        for place in places if not args.dry_run else ():
-            stack.enter_context(locked(place, create=False))
+    with all_locked(() if args.dry_run else places):
         actions: dict[Path, Action] = {}
         for word in args.words:
             for place, path in _meant(places, word):
