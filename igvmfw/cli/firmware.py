@@ -33,6 +33,7 @@ from igvmfw.install import (
     plan_uninstall,
 )
 from igvmfw.qemu import jsontext
+from igvmfw.qemu.descriptor import Descriptor
 from igvmfw.qemu.schema import QEMU_VERSIONS, Profile, Violation, check_schema
 
 _DONE = {
@@ -193,9 +194,16 @@ def _validate(args: argparse.Namespace) -> int:
 def _judge(name: str, profile: Profile, qemu: str) -> tuple[Violation, ...]:
     data = files.read_text(name, limit=jsontext.MAX_SIZE)
     try:
-        return check_schema(jsontext.parse(data), profile, qemu)
+        document = jsontext.parse(data)
     except DescriptorError as error:
         raise error.within(name) from None
+    if violations := check_schema(document, profile, qemu):
+        return violations
+    try:
+        Descriptor.from_dict(document)
+    except DescriptorError as error:  # what no schema says, such as a name that no file can have
+        return (Violation(where=error.where or "", message=error.message),)
+    return ()
 
 
 def _verdict(name: str, violations: Sequence[Violation]) -> dict[str, Any]:

@@ -525,6 +525,28 @@ def test_list_for_a_domain_judges_the_file_too(run: Run, root: Path, tmp_path: P
     assert "cannot read: No such file" in err
 
 
+@pytest.mark.parametrize(
+    "mapping",
+    [
+        {"filename": ""},
+        {"filename": "/a\0b"},
+        {
+            "filename": "/a",
+            "x-vtpm-storage": {"interface": "pflash", "format": "raw", "size-bytes": 4096.0},
+        },
+    ],
+)
+def test_what_list_calls_broken_is_not_valid(
+    mapping: dict[str, object], run: Run, root: Path
+) -> None:
+    (root / "etc/qemu/firmware").mkdir(parents=True)
+    path = put(root / "etc/qemu/firmware/10-odd.json", mapping={"device": "igvm", **mapping})
+    _, _, warned = run("list", "--root", root)
+    code, out, _ = run("validate", path)
+    assert code == 1
+    assert out == warned.splitlines()[0].removeprefix("igvmfw: warning: ") + "\n"
+
+
 FORGED = "x\nigvmfw: error: not true\x1b[31m.igvm"
 
 
