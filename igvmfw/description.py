@@ -72,4 +72,6 @@ def describe_file(
                 tags=(*tags, identity.tag()),
             )
     except IgvmfwError as error:
-        raise error if (error.where or "").startswith(path) else error.within(path) from None
+        if error.where == str(real):
+            error.where = None  # it is named as the caller does
+        raise error.within(path) from None

@@ -33,6 +33,7 @@ from igvmfw.install import (
     plan_uninstall,
 )
 from igvmfw.qemu import jsontext
+from igvmfw.qemu.catalog import SUFFIX
 from igvmfw.qemu.descriptor import Descriptor
 from igvmfw.qemu.schema import QEMU_VERSIONS, Profile, Violation, check_schema
 
@@ -266,7 +267,8 @@ def _install(args: argparse.Namespace) -> int:
     described: dict[str, Description] = {}
     with progress("describing", "files") as shown:
         for path in shown.over(args.files):
-            name = file_name(args.name or Path(path).stem, priority)
+            stem = (args.name or Path(path).stem).removesuffix(SUFFIX)
+            name = file_name(stem, priority)
             if name in described:
                 raise UsageError(f"two of the files would both become {name}")
             described[name] = describe_file(

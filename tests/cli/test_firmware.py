@@ -547,6 +547,22 @@ def test_what_list_calls_broken_is_not_valid(
     assert out == warned.splitlines()[0].removeprefix("igvmfw: warning: ") + "\n"
 
 
+def test_a_missing_file_is_named_once_and_as_it_was(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command in ("describe", "install"):
+        code, _, err = run(command, "absent.igvm")
+        assert code == 3
+        assert err.startswith("igvmfw: error: absent.igvm: cannot read: No such file")
+
+
+def test_a_name_may_end_as_a_descriptors_does(run: Run, root: Path) -> None:
+    code, out, _ = run("install", "--root", root, "--name", "ours.json", file_in(root))
+    assert code == 0
+    assert "/65-ours.json " in out
+
+
 FORGED = "x\nigvmfw: error: not true\x1b[31m.igvm"
 
 
