@@ -54,7 +54,7 @@ def has_tail(image: IgvmFile, header: VpContext) -> bool:
     """Whether a VMSA has more than its save area, on whatever platform; libigvm refuses that."""
     if image.type_of(header.compatibility_mask) not in _WITH_VMSA:
         return False
-    return any(image.data_of(header)[_SAVE_AREA:])
+    return bool(bytes(image.data_of(header)[_SAVE_AREA:]).strip(b"\0"))
 
 
 def _native(index: int, qemu: Acceptance) -> Iterator[Result]:
