@@ -50,6 +50,7 @@ from igvmfw.platforms import Platform
 from igvmfw.qemu.acceptance import RELEASES, Acceptance
 
 MAX_AREA = 64 << 20  # bytes; QEMU allocates what the file says, up to 4 GiB each
+MAX_CONTEXTS = 4096  # the most vCPUs of q35 (hw/i386/pc_q35.c, max_cpus)
 MAX_AREAS = 256 << 20  # bytes, all of a file together
 LAUNCHED = (Platform.NATIVE, Platform.SEV, Platform.SEV_ES, Platform.SEV_SNP)
 
@@ -92,6 +93,7 @@ class _Check:
         self._memory = MemoryCheck(platform, guest)
         self._id_blocks = 0
         self._contexts: set[int] = set()
+        self._judged = 0  # contexts
         self._policy: int | None = None
         self._handlers: dict[type, Callable[..., Iterator[Result]]] = {
             PageData: self._page,
@@ -338,6 +340,15 @@ class _Check:
             )
 
     def _context(self, header: VpContext) -> Iterator[Result]:
+        self._judged += 1
+        if self._judged > MAX_CONTEXTS:  # as many that are refused would keep igvmfw busy
+            if self._judged == MAX_CONTEXTS + 1:
+                yield error(
+                    "context-index",
+                    f"more than {MAX_CONTEXTS} VP contexts: no guest of QEMU has as many vCPUs",
+                    "rebuild the image",
+                )
+            return
         if header.vp_index in self._contexts:
             yield warning(
                 "context-twice",
