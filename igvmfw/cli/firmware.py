@@ -135,7 +135,7 @@ def _describe(args: argparse.Namespace) -> int:
             raise UsageError(f"two of the files would both become {output}")
         outputs[output] = found.descriptor.write()
     for output, data in outputs.items():
-        files.write_atomic(output, data)
+        files.write_output(output, data)
         note(f"written {output}")
     return 0
 

@@ -17,7 +17,7 @@ from igvmfw.cli.output import (
 )
 from igvmfw.cli.progress import progress
 from igvmfw.errors import IgvmfwError, OutputError, UsageError
-from igvmfw.files import STDIN, mapped, write_atomic
+from igvmfw.files import STDIN, mapped, write_output
 from igvmfw.igvm.image import IgvmFile
 from igvmfw.platforms import Platform
 
@@ -118,7 +118,7 @@ def _map(args: argparse.Namespace, image: IgvmFile, name: str, payload: "Payload
         return
     from igvmfw.drawing import Theme, draw
 
-    write_atomic(Path(args.map), draw(memory, theme=Theme(args.theme)))
+    write_output(Path(args.map), draw(memory, theme=Theme(args.theme)))
 
 
 def _measure_arguments(parser: argparse.ArgumentParser) -> None:
@@ -272,7 +272,7 @@ def _wrap(args: argparse.Namespace) -> int:
     if args.output == STDIN:
         emit_bytes(result)
     else:
-        write_atomic(Path(args.output), result)
+        write_output(Path(args.output), result)
         note(f"wrote {args.output}: {len(result)} bytes for {', '.join(platforms)}")
     return 0
 

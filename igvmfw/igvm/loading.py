@@ -3,7 +3,7 @@
 QEMU gathers pages into regions: one is loaded when a page comes that does not join it, or at the
 end.  For a SEV-SNP guest it then hands nothing over before the guest starts, and required memory
 that comes in between is made private, which discards what was loaded there: the guest gets pages of
-zeroes.
+zeroes.  (Huge pages are not discarded; a file does not know what the guest's memory is made of.)
 
 Source: QEMU 10.2 and 11.0, backends/igvm.c (qigvm_process_mem_page,
 qigvm_directive_required_memory) and accel/kvm/kvm-all.c (kvm_convert_memory); seen with both.
