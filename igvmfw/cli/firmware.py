@@ -115,7 +115,7 @@ def _describe(args: argparse.Namespace) -> int:
         )
     described: dict[str, Description] = {}
     with progress("describing", "files") as shown:
-        for path in shown.over(args.files):
+        for path in shown.over(args.files, len(args.files)):
             described[path] = describe_file(
                 path, root=args.root, profile=args.profile, stated=_stated(args)
             )
@@ -257,7 +257,7 @@ def _install(args: argparse.Namespace) -> int:
     place = choose_place(args.level, root=args.root, into=args.into)
     described: dict[str, Description] = {}
     with progress("describing", "files") as shown:
-        for path in shown.over(args.files):
+        for path in shown.over(args.files, len(args.files)):
             name = file_name(args.name or Path(path).stem, priority)
             if name in described:
                 raise UsageError(f"two of the files would both become {name}")
