@@ -135,7 +135,8 @@ def test_a_light_command_loads_nothing_heavy(words: list[str], tmp_path: Path) -
     file = tmp_path / "usr/share/igvm/small.igvm"
     file.parent.mkdir(parents=True)
     file.write_bytes(samples.small(Platform.NATIVE, Platform.SEV))
-    assert main(["-q", "refresh", "--root", str(tmp_path)]) == 0
+    install = ["-q", "install", "--root", str(tmp_path), "--interface", "uefi", str(file)]
+    assert main(install) == 0
     words = [{"FILE": str(file), "ROOT": str(tmp_path)}.get(word, word) for word in words]
     run = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "igvmfw", *words],
