@@ -6,6 +6,7 @@ such file must ever be given to it.  docs/check.md documents every rule id.
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from igvmfw.check_context import check_context
 from igvmfw.findings import (
@@ -98,14 +99,6 @@ class _Check:
         self._id_blocks = 0
         self._contexts: set[int] = set()
         self._policy: int | None = None
-        self._handlers: dict[type, Callable[..., Iterator[Result]]] = {
-            PageData: self._page,
-            VpContext: self._context,
-            ParameterArea: self._area,
-            ParameterInsert: self._insert,
-            RequiredMemory: self._required,
-            SnpIdBlock: self._id_block,
-        }
 
     def run(self) -> Iterator[Finding]:
         """All findings, in the order QEMU would come across them."""
@@ -230,9 +223,9 @@ class _Check:
         if isinstance(header, ParameterArea):
             yield from self._area(header)
             return
-        handler = self._handlers.get(type(header))
+        handler = _HANDLERS.get(type(header))
         if handler is not None and mask_in(header) & self._mask:
-            yield from handler(header)
+            yield from handler(self, header)
 
     @staticmethod
     def _newer(name: str) -> str:
@@ -432,6 +425,15 @@ class _Check:
                     f"wrap the firmware with --vcpus {vcpus}",
                 )
 
+
+# bound methods kept in the object would make a cycle, and the file would stay mapped
+_HANDLERS: dict[type, Callable[[_Check, Any], Iterator[Result]]] = {
+    PageData: _Check._page,
+    VpContext: _Check._context,
+    ParameterInsert: _Check._insert,
+    RequiredMemory: _Check._required,
+    SnpIdBlock: _Check._id_block,
+}
 
 # what stands below 4 GiB on q35 and pc and is no RAM (hw/i386/x86-common.c, hw/pci-host/q35.c)
 _DEVICES = (
