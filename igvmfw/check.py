@@ -6,6 +6,7 @@ such file must ever be given to it.  docs/check.md documents every rule id.
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from igvmfw.check_context import check_context, has_tail
 from igvmfw.check_memory import MemoryCheck
@@ -95,14 +96,6 @@ class _Check:
         self._contexts: set[int] = set()
         self._judged = 0  # contexts
         self._policy: int | None = None
-        self._handlers: dict[type, Callable[..., Iterator[Result]]] = {
-            PageData: self._page,
-            VpContext: self._context,
-            ParameterArea: self._area,
-            ParameterInsert: self._insert,
-            RequiredMemory: self._required,
-            SnpIdBlock: self._id_block,
-        }
 
     def run(self) -> Iterator[Finding]:
         """All findings, in the order QEMU would come across them."""
@@ -240,9 +233,9 @@ class _Check:
         if isinstance(header, Parameter):
             yield from self._parameter(header)  # carries no mask: handled on every platform
             return
-        handler = self._handlers.get(type(header))
+        handler = _HANDLERS.get(type(header))
         if handler is not None and mask_in(header) & self._mask:
-            yield from handler(header)
+            yield from handler(self, header)
 
     @staticmethod
     def _newer(name: str) -> str:
@@ -410,3 +403,14 @@ class _Check:
                     "OVMF expects the first vCPU alone",
                     f"wrap the firmware with --vcpus {vcpus}",
                 )
+
+
+# bound methods kept in the object would make a cycle, and the file would stay mapped
+_HANDLERS: dict[type, Callable[[_Check, Any], Iterator[Result]]] = {
+    PageData: _Check._page,
+    VpContext: _Check._context,
+    ParameterArea: _Check._area,
+    ParameterInsert: _Check._insert,
+    RequiredMemory: _Check._required,
+    SnpIdBlock: _Check._id_block,
+}

@@ -117,7 +117,7 @@ def _describe(args: argparse.Namespace) -> int:
         )
     described: dict[str, Description] = {}
     with progress("describing", "files") as shown:
-        for path in shown.over(args.files):
+        for path in shown.over(args.files, len(args.files)):
             described[path] = describe_file(
                 path, root=args.root, profile=args.profile, stated=_stated(args)
             )
@@ -266,7 +266,7 @@ def _install(args: argparse.Namespace) -> int:
     place = choose_place(args.level, root=args.root, into=args.into)
     described: dict[str, Description] = {}
     with progress("describing", "files") as shown:
-        for path in shown.over(args.files):
+        for path in shown.over(args.files, len(args.files)):
             stem = (args.name or Path(path).stem).removesuffix(SUFFIX)
             name = file_name(stem, priority)
             if name in described:

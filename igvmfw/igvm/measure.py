@@ -240,16 +240,17 @@ def _updates(image: IgvmFile, platform: Platform, vmm: Vmm) -> Iterator[Update]:
         return _update(image, page_type, pages)
 
     for header in image.headers:
-        applies = mask_in(header)
+        page = header if type(header) is PageData else None
+        applies = mask_in(header) if page is None else page.compatibility_mask
         index += applies != 0
         if not applies & mask:
             continue
-        if type(header) is PageData:
-            if in_file_order and header.shared:
+        if page is not None:
+            if in_file_order and page.shared:
                 continue
-            if region and (index != last + 1 or not region[-1].is_continued_by(header)):
+            if region and (index != last + 1 or not region[-1].is_continued_by(page)):
                 yield flushed()
-            region.append(header)
+            region.append(page)
             last = index
         elif isinstance(header, ParameterInsert) or (contexts and isinstance(header, VpContext)):
             if in_file_order and region:
