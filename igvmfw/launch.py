@@ -85,7 +85,7 @@ def prepare(
 def _choose(
     domain: Domain, request: Request, options: Options, sev_es: bool | None
 ) -> tuple[Candidate, Choice]:
-    """The first descriptor that matches, and what its file says; for plain guests, that has one."""
+    """The first that matches, with its file read; for plain guests, the first that is for them."""
     unfit: PlatformError | None = None
     for candidate in candidates(request, options.entries, sev_es=sev_es):
         if candidate.descriptor is not None:
