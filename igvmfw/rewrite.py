@@ -18,7 +18,7 @@ from igvmfw.errors import DomainError, RefusedError
 from igvmfw.platforms import Platform
 from igvmfw.select import Choice
 from igvmfw.virt.document import canonical, indent, insert, remove
-from igvmfw.virt.domain import IGVM, Domain, Request, is_request, only, place
+from igvmfw.virt.domain import IGVM, VARIABLES, Domain, Request, is_request, only, place
 from igvmfw.virt.record import File, OnChange, Part, Record, State
 
 # names and aliases of q35 and i440fx machines, Ubuntu's aliases included: the machine types that
@@ -56,7 +56,8 @@ def request_of(domain: Domain) -> Request | None:
 def convert(domain: Domain, path: str | None = None) -> Domain:
     """A domain with bios or efi firmware, or with none, asks for IGVM firmware instead.
 
-    Loader and nvram are kept in the metadata for the way back; firmware features stay wanted.
+    Loader and UEFI variables are kept in the metadata for the way back; firmware features stay
+    wanted.
 
     Args:
         domain: The domain; one that asks for IGVM already keeps its request.
@@ -74,9 +75,9 @@ def convert(domain: Domain, path: str | None = None) -> Domain:
     record = Record.make(result)
     os = result.os
     if current is None or not record.has(Part.BEFORE):
-        only(os.element, "nvram")  # several are not worth keeping
+        _ = os.variables  # several of a kind are not worth keeping
         record.drop(Part.BEFORE)
-        record.take(Part.BEFORE, "loader", "nvram")
+        record.take(Part.BEFORE, "loader", *VARIABLES)
     else:
         _drop_request(result)
     os.element.set("firmware", IGVM)

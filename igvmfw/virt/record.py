@@ -34,7 +34,7 @@ from igvmfw.virt.document import indent, insert, put_back, remove
 from igvmfw.virt.domain import Domain, only, place
 
 NAMESPACE = "urn:igvmfw:domain:1"
-_MAX_TAKEN = 3  # loader, nvram, firmware
+_MAX_TAKEN = 4  # loader, nvram, varstore, firmware
 _HEX = re.compile(r"[0-9a-f]+")
 _SIZE = re.compile(r"[1-9][0-9]{0,15}")
 _POLICY = re.compile(r"0x[0-9a-f]{1,16}")
@@ -289,7 +289,7 @@ class Record:
         holder = only(self.element, _tag(part))
         if holder is None:
             return
-        if os.firmware is not None or os.loader is not None or os.nvram is not None:
+        if os.firmware is not None or os.loader is not None or os.variables is not None:
             raise DomainError(
                 "other firmware was put into <os> after igvmfw rewrote the domain",
                 where=place(os.element),
