@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from igvmfw.errors import DomainError, InputError, RefusedError
+from igvmfw.errors import DomainError, IgvmfwError, InputError, RefusedError
 from igvmfw.launch import Options, prepare
 from igvmfw.machine import check_host
 from igvmfw.platforms import Platform
@@ -91,6 +91,53 @@ def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
     text = rewritten(tmp_path, samples.small()).write().replace(b"sha256='", b"sha256='?")
     with pytest.raises(DomainError, match="igvmfw's record in <metadata> is damaged"):
         check_start(Domain.parse(text), warn=print)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        # QEMU would take the later one
+        (
+            "</qemu:c",
+            "<qemu:arg value='-object'/><qemu:arg value='igvm-cfg,id=x,file=/x'/></qemu:c",
+            ("names an IGVM file already",),
+        ),
+        (
+            "</qemu:c",
+            "<qemu:arg value='-machine'/><qemu:arg value='igvm-cfg=x'/></qemu:c",
+            ("names an IGVM file already",),
+        ),
+        (
+            "</qemu:c",
+            "<qemu:arg value='-object'/><qemu:arg value='igvm-cfg,id=igvm0,file=/x'/></qemu:c",
+            ("more than once",),
+        ),
+        # or would start without any
+        ("igvm-cfg=igvm0'", "usb=off'", ("which QEMU is not given",)),
+        ("value='-object'", "value='-name'", ("which QEMU is not given",)),
+        (",file=", ",file=/other", ("which QEMU is not given",)),
+        # or refuse it
+        ("</qemu:c", "<qemu:arg value='-bios'/><qemu:arg value='/x'/></qemu:c", ("remove -bios",)),
+        ("<os>", "<os firmware='efi'>", ("guest has firmware='efi' beside", "virsh edit")),
+        (
+            "</os>",
+            "<loader type='pflash'>/x</loader></os>",
+            ("guest has <loader> beside", "virsh edit"),
+        ),
+        ("</os>", "<nvram>/x</nvram></os>", ("guest has <nvram> beside",)),
+        ("</os>", "<varstore/></os>", ("guest has <varstore> beside",)),
+    ],
+)
+def test_what_was_changed_since_is_not_what_was_checked(
+    tmp_path: Path, old: str, new: str, words: tuple[str, ...]
+) -> None:
+    text = rewritten(tmp_path, samples.small()).write().decode()
+    assert text.count(old) == 1
+    with pytest.raises(IgvmfwError) as caught:
+        check_start(Domain.parse(text.replace(old, new).encode()), warn=print)
+    for word in words:
+        assert word in str(caught.value)
+    assert caught.value.hint
 
 
 def test_an_emulator_that_others_can_write_to_is_not_run(tmp_path: Path) -> None:

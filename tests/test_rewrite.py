@@ -458,7 +458,8 @@ def test_libvirts_own_domains(newer: bool, capsys: pytest.CaptureFixture[str]) -
             refused.append(error)
             continue
         rewritten += 1
-        assert after.os.loader is None and after.os.variables is None, file
+        assert after.os.loader is None, file
+        assert after.os.variables is None, file
         assert same(restore(after), before), file
         reread = Domain.parse(after.write())
         assert rewrite(reread, choice).domain is reread, file
