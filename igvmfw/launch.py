@@ -170,10 +170,22 @@ def create(
             flags |= libvirt.VIR_DOMAIN_START_VALIDATE if validate else 0
             name: str = connection.native.createXML(_text(domain), flags).name()
     except BaseException:
-        if made is not None:
-            statefile.remove(made)  # no guest has written to it
+        # an interrupt can come when the guest runs already, and a lost connection leaves it open
+        if made is not None and _is_gone(connection, domain):
+            statefile.remove(made)
         raise
     return name
+
+
+def _is_gone(connection: Connection, domain: Domain) -> bool:
+    """Whether libvirt says that it has no such domain, so that nothing has its vTPM's state."""
+    import libvirt
+
+    try:
+        connection.native.lookupByUUIDString(domain.uuid)
+    except libvirt.libvirtError as error:
+        return bool(error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN)
+    return False
 
 
 def start(

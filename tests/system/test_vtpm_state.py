@@ -271,6 +271,29 @@ def test_a_guest_that_does_not_start_leaves_nothing(host: Host) -> None:
     assert host.state(ID).exists()
 
 
+def test_an_interrupt_does_not_take_a_running_guests_state_away(host: Host) -> None:
+    """It is noticed when libvirt has answered, and that is when the guest runs."""
+    pid, qemu, xml = (host.work / name for name in ("pid", "interrupting", "guest.xml"))
+    qemu.write_text(
+        f'#!/bin/sh\ncase "$*" in *guest=guest*) kill -INT $(cat {pid});; esac\n'
+        f'exec {host.qemu} "$@"\n'
+    )
+    qemu.chmod(0o755)
+    xml.write_text(domain(qemu, id_=ID))
+    script = (
+        f"import os, sys; open({str(pid)!r}, 'w').write(str(os.getpid()))\n"
+        "from igvmfw.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    words = ["create", "--paused", "-c", host.uri, "--root", str(host.root), str(xml)]
+    command = [sys.executable, "-c", script, *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr.endswith("igvmfw: error: interrupted\n")
+    (disk,) = host.blocks()
+    assert disk["inserted"]["file"] == str(host.state(ID))
+    assert host.state(ID).stat().st_size == SIZE
+
+
 def test_a_start_without_its_state_is_refused(host: Host) -> None:
     assert host.define(domain(host.qemu, id_=ID)).code == 0
     state = host.state(ID)
