@@ -117,9 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         output.flush()
         return code
     except IgvmfwError as error:
-        for warning in getattr(error, "__notes__", ()):  # what came before it
-            output.warn(" ".join(warning.split()))
-        return _fail(str(error), error.exit_code)
+        output.abandon()
+        output.report(error)
+        return error.exit_code
     except BrokenPipeError:
         # the reader went away (`igvmfw list | head -1`): nothing is left to say, also not at exit
         output.abandon()
@@ -145,6 +145,5 @@ def _run(words: Sequence[str]) -> int:
 
 def _fail(message: str, code: int) -> int:
     output.abandon()
-    line = " ".join(output.printable(message).split())
-    output.say(f"igvmfw: error: {line}")
+    output.complain(message)
     return code

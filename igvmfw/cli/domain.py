@@ -4,18 +4,16 @@ import argparse
 import contextlib
 import difflib
 import os
-import shlex
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from igvmfw import files
 from igvmfw.cli import Command
+from igvmfw.cli.editor import asks_again, editing
 from igvmfw.cli.output import emit, emit_bytes, emit_json, note, warn
-from igvmfw.errors import HostError, IgvmfwError, RefusedError
+from igvmfw.errors import IgvmfwError, RefusedError
 from igvmfw.launch import (
     check_start,
     create,
@@ -108,10 +106,10 @@ def _rewrite_arguments(parser: argparse.ArgumentParser) -> None:
 def _rewrite(args: argparse.Namespace) -> int:
     before = _read_domain(args.domain)
     if args.connect is None:
-        rewritten = _prepare(before, args, None)
+        rewritten = _prepare(before, args, None, args.domain)
     else:
         with connect(args.connect) as connection:
-            rewritten = _prepare(before, args, connection)
+            rewritten = _prepare(before, args, connection, args.domain)
     _report(rewritten)
     _print_domain(before, rewritten.domain, args)
     return 0
@@ -152,7 +150,7 @@ def _define_arguments(parser: argparse.ArgumentParser) -> None:
 def _define(args: argparse.Namespace) -> int:
     domain = _read_domain(args.file)
     with connect(args.connect) as connection:
-        rewritten = _prepare(domain, args, connection)
+        rewritten = _prepare(domain, args, connection, args.file)
         if args.print_xml:
             return _print_xml(rewritten)
         _report(rewritten)
@@ -179,7 +177,7 @@ def _create_arguments(parser: argparse.ArgumentParser) -> None:
 def _create(args: argparse.Namespace) -> int:
     domain = _read_domain(args.file)
     with connect(args.connect) as connection:
-        rewritten = _prepare(domain, args, connection)
+        rewritten = _prepare(domain, args, connection, args.file)
         if args.print_xml:
             return _print_xml(rewritten)
         _report(rewritten)
@@ -224,22 +222,21 @@ def _edit_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _edit(args: argparse.Namespace) -> int:
+    what = f"domain '{args.domain}'"
     with connect(args.connect) as connection:
         stored = fetch(connection, args.domain, inactive=True, security_info=True)
-        shown = as_request(stored).write()
-        with tempfile.NamedTemporaryFile(prefix="igvmfw-", suffix=".xml") as file:
-            file.write(shown)
-            file.flush()
+        with _within(what):
+            shown = as_request(stored).write()
+        with editing(shown, what) as text:
             while True:
-                _run_editor(file.name)
-                edited = files.read_text(file.name, limit=MAX_BYTES)
+                edited = text.edited(limit=MAX_BYTES)
                 if edited == shown:
                     note(f"Domain '{args.domain}' was not changed")
                     return 0
                 try:
                     name = _redefine(connection, args, stored, edited)
                 except IgvmfwError as error:
-                    if not _asks_again(error):
+                    if not asks_again(error):
                         raise
                 else:
                     emit(f"Domain '{name}' edited")
@@ -249,42 +246,17 @@ def _edit(args: argparse.Namespace) -> int:
 def _redefine(
     connection: Connection, args: argparse.Namespace, stored: Domain, edited: bytes
 ) -> str:
+    what = f"domain '{args.domain}'"
     now = fetch(connection, args.domain, inactive=True, security_info=True)
     if now.write() != stored.write():
         raise RefusedError(
-            "somebody else changed the domain meanwhile",
-            where=f"domain '{args.domain}'",
-            hint="edit it again",
+            "somebody else changed the domain meanwhile", where=what, hint="edit it again"
         )
-    former = recorded(stored)
-    if args.on_change is None and former is not None:
-        args.on_change = former.on_change  # the request that was edited does not show it
-    rewritten = _prepare(Domain.parse(edited), args, connection)
+    with _within(what):
+        domain = Domain.parse(edited)
+    rewritten = _prepare(domain, args, connection, what)
     _report(rewritten)
     return _define_checked(connection, rewritten, validate=not args.skip_validate)
-
-
-def _run_editor(path: str) -> None:
-    # virsh's order; a value may have options
-    editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
-    try:
-        done = subprocess.run([*shlex.split(editor), path], check=False)
-    except (OSError, ValueError) as error:
-        raise HostError(
-            f"cannot run the editor: {error}", where=editor, hint="set VISUAL or EDITOR"
-        ) from None
-    if done.returncode:
-        raise HostError(f"the editor failed with exit status {done.returncode}", where=editor)
-
-
-def _asks_again(error: IgvmfwError) -> bool:
-    """Whether the user wants to go on editing what is wrong; nobody is asked in a script."""
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        return False
-    warn(str(error))
-    sys.stderr.write("Edit again? [Y/n] ")
-    sys.stderr.flush()
-    return sys.stdin.readline().strip().lower() in ("", "y", "yes")
 
 
 def _dumpxml_arguments(parser: argparse.ArgumentParser) -> None:
@@ -306,7 +278,8 @@ def _dumpxml(args: argparse.Namespace) -> int:
             update_cpu=args.update_cpu,
             migratable=args.migratable,
         )
-    emit_bytes(as_request(domain).write())
+    with _within(f"domain '{args.domain}'"):
+        emit_bytes(as_request(domain).write())
     state = state_of(domain)
     if state is not None and state.path is not None:
         note(f"the firmware's vTPM keeps its state in {state.path}")
@@ -364,9 +337,10 @@ def _within(name: str) -> Iterator[None]:
         raise
 
 
-def _prepare(domain: Domain, args: argparse.Namespace, connection: Connection | None) -> Rewritten:
+def _prepare(
+    domain: Domain, args: argparse.Namespace, connection: Connection | None, name: str
+) -> Rewritten:
     """Choose and rewrite, with what the host of a connection offers."""
-    name = args.domain if "domain" in args else args.file
     with _within(name):
         if args.igvm is not None:
             path = None if args.igvm == _TAKE_FROM_CATALOGUE else os.path.abspath(args.igvm)

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from igvmfw.launch import recorded
 from igvmfw.virt.domain import Domain
-from igvmfw.virt.record import Record
+from igvmfw.virt.record import OnChange, Record
+from tests.cli.terminal import terminal
 from tests.system.guests import Result, domain, igvmfw, wrap
 
 
@@ -111,6 +113,9 @@ def test_edit_without_a_change_stores_nothing(
         ("sed -i s,pc-q35-[0-9.]*,microvm,", 1, ("microvm",)),
         ("sed -i s,<acpi/>,<acppi/>,", 4, ("domain 'guest'", "schema", "features")),
         ("false", 4, ("exit status 1",)),
+        ("rm", 3, ("domain 'guest': the editor left no text", "No such file")),
+        ("truncate -s 0", 3, ("domain 'guest': line 1", "empty")),
+        ("truncate -s 5M", 3, ("domain 'guest': the editor left no text", "larger than")),
         ("/no/such/editor", 4, ("/no/such/editor", "VISUAL")),
         ("sed 'unclosed", 4, ("VISUAL",)),
     ],
@@ -138,12 +143,63 @@ def test_the_edited_text_is_private(
 ) -> None:
     seen = tmp_path / "seen"
     editor = tmp_path / "editor"
-    editor.write_text(f'#!/bin/sh\nstat -c "%a %n" "$1" > {seen}\n')
+    # some leave a copy
+    editor.write_text(
+        f'#!/bin/sh\ncp "$1" "$1~"; stat -c "%a %n" "$1" "$(dirname "$1")" > {seen}\n'
+    )
     editor.chmod(0o755)
     edit(defined, str(editor), monkeypatch)
-    mode, name = seen.read_text().split()
+    mode, name, mode_around, around = seen.read_text().split()
     assert stat.filemode(int(mode, 8)) == "?rw-------"  # passwords may stand in it
-    assert not os.path.exists(name)
+    assert stat.filemode(int(mode_around, 8)) == "?rwx------"
+    assert os.path.dirname(name) == around
+    assert not os.path.exists(around)
+
+
+def test_what_is_wrong_can_be_edited_again(
+    defined: str, file: Path, embed_root: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "root/etc/qemu").mkdir(parents=True)
+    (tmp_path / "root/etc/qemu/firmware").write_text("no directory")
+    editor = tmp_path / "editor"
+    editor.write_text(
+        f"#!/bin/sh\nif grep -q missing.igvm $1; then sed -i s,/missing.igvm,/{file.name}, $1\n"
+        f"else sed -i -e s,/{file.name},/missing.igvm, -e s,262144,524288, $1; fi\n"
+    )
+    editor.chmod(0o755)
+    words: list[str | Path] = ["edit", "-c", defined, "--root", tmp_path / "root", "guest"]
+    before = kept(embed_root)
+    for answer, code in ((b"n\n", 3), (b"\x04", 3), (b"\n", 0)):
+        with terminal(columns=300) as shown:
+            shown.start(*words, environment={"VISUAL": str(editor)})
+            seen = shown.wait_for(lambda text: "Edit again?" in text)
+            # with what was said of the host before it failed
+            assert "warning: " in seen
+            assert "etc/qemu/firmware" in seen
+            assert "missing.igvm: cannot read" in seen
+            shown.type(answer)
+            assert shown.wait() == code, shown.text
+        if code:
+            assert kept(embed_root) == before
+    assert Domain.parse(kept(embed_root)).memory == 512 << 20
+
+
+def test_what_a_changed_file_does_outlives_a_new_definition(
+    defined: str, monkeypatch: pytest.MonkeyPatch, embed_root: Path, tmp_path: Path
+) -> None:
+    """The request does not show it."""
+    xml = tmp_path / "shown.xml"
+    xml.write_text(igvmfw("dumpxml", "-c", defined, "guest").out)
+    for words, expected in (
+        (("--on-change", "warn"), OnChange.WARN),
+        ((), OnChange.WARN),
+        (("--on-change", "refuse"), OnChange.REFUSE),
+        ((), OnChange.REFUSE),
+    ):
+        assert igvmfw("define", "-c", defined, *words, xml).code == 0
+        file = recorded(Domain.parse(kept(embed_root)))
+        assert file is not None
+        assert file.on_change is expected
 
 
 def test_undefine(defined: str, embed_root: Path) -> None:
