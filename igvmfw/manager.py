@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 from igvmfw import launch, rooted
-from igvmfw.errors import IgvmfwError
+from igvmfw.errors import IgvmfwError, LibvirtError
 from igvmfw.qemu import catalog
-from igvmfw.rewrite import Rewritten, request_of
+from igvmfw.rewrite import Rewritten, check_guest, request_of
 from igvmfw.upkeep import unfinished
 from igvmfw.virt.domain import Domain
 from igvmfw.virt.host import Connection
@@ -51,9 +51,13 @@ def prepare(
     warnings: list[str] = []
     capabilities = None
     if connection is not None:
-        capabilities = connection.capabilities(
-            emulator=domain.emulator, machine=domain.os.machine, kind=domain.type
-        )
+        try:
+            capabilities = connection.capabilities(
+                emulator=domain.emulator, machine=domain.os.machine, kind=domain.type
+            )
+        except LibvirtError:
+            check_guest(domain)  # says better what libvirt cannot run either
+            raise
         if connection.is_remote:
             warnings.append(f"the firmware is chosen and checked here, not on {connection.host}")
         pinned = domain.security is not None and domain.security.type == "sev"

@@ -116,7 +116,7 @@ def rewrite(
     record = Record.find(result)
     former = None if record is None else record.file
     ours = former is not None
-    _check_machine(result)
+    check_guest(result)
     _check_security(result)
     check_arguments(result, ours=ours)
     asks = is_request(result.os)
@@ -207,7 +207,15 @@ def _drop_request(domain: Domain) -> None:
         remove(os.loader.element)
 
 
-def _check_machine(domain: Domain) -> None:
+def check_guest(domain: Domain) -> None:
+    """See that a domain is of a kind that can take an IGVM file.
+
+    Args:
+        domain: Any domain.
+    Raises:
+        RefusedError: Its hypervisor, architecture or machine type takes none.
+        DomainError: It has no `<os>`.
+    """
     os = domain.os
     if domain.type not in ("kvm", "qemu"):
         raise RefusedError(

@@ -289,6 +289,9 @@ def test_libvirts_errors_are_one_line_with_a_remedy(
     code, out, err = run("start", "-c", TEST_DRIVER, "test")
     assert code == 4
     one_line(err, "already running")
+    code, out, err = run("define", "-c", TEST_DRIVER, xml(domains.BY_PATH))
+    assert (code, out) == (4, "")
+    one_line(err, "IGVM firmware is for guests of QEMU: give a qemu:// URI with -c")
 
 
 def test_the_default_uri_is_virshs(

@@ -211,16 +211,82 @@ def test_undefine(defined: str, embed_root: Path) -> None:
     assert "domain 'guest'" in result.err
 
 
+def test_undefine_says_what_libvirt_wants_to_hear(
+    defined: str, igvm_qemu: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "vars.fd").touch()
+    xml = tmp_path / "efi.xml"
+    xml.write_text(
+        "<domain type='qemu'><name>efi</name><memory>65536</memory>"
+        "<os><type arch='x86_64' machine='q35'>hvm</type>"
+        "<loader readonly='yes' type='pflash'>/usr/share/OVMF/OVMF_CODE_4M.fd</loader>"
+        f"<nvram>{tmp_path}/vars.fd</nvram></os><features><acpi/></features>"
+        f"<devices><emulator>{igvm_qemu}</emulator></devices></domain>"
+    )
+    assert igvmfw("define", "-c", defined, xml).code == 0
+    refused = igvmfw("undefine", "-c", defined, "efi")
+    assert refused.code == 4
+    assert "--nvram removes the file of UEFI variables, --keep-nvram keeps it" in refused.err
+    assert igvmfw("undefine", "-c", defined, "--keep-nvram", "efi").code == 0
+    assert igvmfw("start", "-c", defined, "--paused", "guest").code == 0
+    save = ["virsh", "-q", "-c", defined, "managedsave", "guest"]
+    subprocess.run(save, check=True, capture_output=True, timeout=60)
+    refused = igvmfw("undefine", "-c", defined, "guest")
+    assert refused.code == 4
+    assert "--managed-save removes the saved state" in refused.err
+    assert igvmfw("undefine", "-c", defined, "--managed-save", "guest").code == 0
+
+
 def test_dumpxml_of_a_running_guest(defined: str) -> None:
     assert igvmfw("start", "-c", defined, "--paused", "guest").code == 0
     for words in ((), ("--inactive",), ("--security-info",), ("--migratable",)):
         assert dumped(defined, *words).request() is not None
 
 
-def test_a_domain_by_its_uuid(defined: str, embed_root: Path) -> None:
+def test_a_domain_by_its_uuid_or_id(defined: str, embed_root: Path) -> None:
     uuid = Domain.parse(kept(embed_root)).root.findtext("uuid")
     assert uuid is not None
     assert igvmfw("dumpxml", "-c", defined, uuid).code == 0
+    assert igvmfw("dumpxml", "-c", defined, "1").code == 4
+    assert igvmfw("start", "-c", defined, "--paused", uuid).code == 0
+    by_id = igvmfw("dumpxml", "-c", defined, "1")
+    assert (by_id.code, by_id.out) == (0, igvmfw("dumpxml", "-c", defined, "guest").out)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("machine='q35'", "machine='microvm'", "line 5: the machine type 'microvm'"),
+        ("arch='x86_64' machine='q35'", "arch='aarch64' machine='virt'", "architecture aarch64"),
+        ("type='qemu'", "type='xen'", "a domain of type 'xen' cannot take an IGVM file"),
+    ],
+)
+def test_what_libvirt_cannot_run_either_is_said_in_our_words(
+    uri: str, igvm_qemu: Path, file: Path, tmp_path: Path, old: str, new: str, words: str
+) -> None:
+    xml = tmp_path / "guest.xml"
+    xml.write_text(domain(igvm_qemu, file, kind="qemu").replace(old, new))
+    refused = igvmfw("define", "-c", uri, xml)
+    assert (refused.code, refused.out) == (1, "")
+    assert f"{xml}: " in refused.err
+    assert words in refused.err
+
+
+@pytest.mark.parametrize(
+    ("name", "spelled"), [("a b", "a%20b"), ("a+b", "a+b"), ("a;b&c", "a%3Bb%26c")]
+)
+def test_an_embedded_driver_in_a_directory_of_any_name(
+    embed_root: Path, igvm_qemu: Path, file: Path, tmp_path: Path, name: str, spelled: str
+) -> None:
+    root, uri = embed_root / name, f"qemu:///embed?root={embed_root}/{spelled}"
+    xml = tmp_path / "guest.xml"
+    xml.write_text(domain(igvm_qemu, file, kind="qemu"))
+    result = igvmfw("define", "-c", uri, xml)
+    assert result.code == 0, result.err
+    assert "libvirt" not in result.err
+    assert kept(root)
+    assert "libvirt version" in (root / "log/libvirt.log").read_text()
+    assert sorted(path.name for path in embed_root.iterdir()) == sorted(["etc", name])
 
 
 def test_other_domains_pass_as_they_are(uri: str, igvm_qemu: Path, tmp_path: Path) -> None:
