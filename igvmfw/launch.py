@@ -268,6 +268,7 @@ def undefine(
     name: str,
     *,
     nvram: bool | None = None,
+    tpm: bool | None = None,
     managed_save: bool = False,
     snapshots_metadata: bool = False,
     checkpoints_metadata: bool = False,
@@ -279,6 +280,8 @@ def undefine(
         name: The domain's name or UUID.
         nvram: Remove the file of UEFI variables and the state of the firmware's vTPM (True) or
             keep them (False), where there are any.
+        tpm: Remove the state of the TPM that libvirt emulates (True) or keep it (False); None does
+            what libvirt does by itself.
         managed_save: Remove a saved state.
         snapshots_metadata: Remove what libvirt knows of snapshots.
         checkpoints_metadata: Remove what libvirt knows of checkpoints.
@@ -298,8 +301,14 @@ def undefine(
             True: libvirt.VIR_DOMAIN_UNDEFINE_NVRAM,
             False: libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM,
         }[nvram]
+        tpm_flag = {
+            None: 0,
+            True: libvirt.VIR_DOMAIN_UNDEFINE_TPM,
+            False: libvirt.VIR_DOMAIN_UNDEFINE_KEEP_TPM,
+        }[tpm]
         flags = (
             nvram_flag
+            | tpm_flag
             | (libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE if managed_save else 0)
             | (libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA if snapshots_metadata else 0)
             | (libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA if checkpoints_metadata else 0)

@@ -14,10 +14,12 @@ from typing import NamedTuple, NoReturn
 
 from igvmfw import __version__
 from igvmfw.cli import output
+from igvmfw.cli.options import CONNECT
 from igvmfw.errors import IgvmfwError, UsageError
 
 EXIT_INTERNAL = 70  # EX_SOFTWARE of sysexits.h: not one of the contract's answers
 _QUIET = "print no notes and no progress, only results, warnings and errors"
+_CONNECT = "libvirt's URI, here or after the command, for those that ask libvirt"
 _UNSET = argparse.SUPPRESS
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
@@ -79,6 +81,7 @@ def build_parser(loaded: Collection[str] = tuple(COMMANDS)) -> argparse.Argument
     )
     parser.add_argument("--version", action="version", version=f"igvmfw {__version__}")
     parser.add_argument("-q", "--quiet", action="store_true", help=_QUIET)
+    parser.add_argument(*CONNECT, metavar="URI", help=_CONNECT)
     # with `prog` argparse need not format the usage to find it out, for which it loads much
     groups = parser.add_subparsers(
         prog=parser.prog, dest="command", metavar="COMMAND", required=True
@@ -140,6 +143,8 @@ def _run(words: Sequence[str]) -> int:
     loaded = [word for word in words if word in COMMANDS][:1]
     args = build_parser(loaded).parse_args(words)
     output.set_quiet(args.quiet)
+    if args.connect is not None and "asks_libvirt" not in args:
+        raise UsageError(f"{args.command} asks no libvirt", hint="leave --connect out")
     return load(args.command).run(args)
 
 

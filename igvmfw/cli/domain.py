@@ -4,14 +4,13 @@ import argparse
 import contextlib
 import difflib
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from igvmfw import files
 from igvmfw.cli import Command
 from igvmfw.cli.editor import asks_again, editing
+from igvmfw.cli.options import connect_option, named_argument, optional_value
 from igvmfw.cli.output import emit, emit_bytes, emit_json, note, warn
 from igvmfw.errors import IgvmfwError, RefusedError
 from igvmfw.launch import (
@@ -32,6 +31,7 @@ from igvmfw.virt.host import Connection, connect
 from igvmfw.virt.record import OnChange
 
 _TAKE_FROM_CATALOGUE = ""
+_DOMAIN = "its name, UUID, or ID where it runs"
 
 
 def _igvm_argument(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +41,7 @@ def _igvm_argument(parser: argparse.ArgumentParser) -> None:
         help="turn a bios or efi domain into an IGVM one first; --igvm alone has the file chosen, "
         "--igvm=PATH names it",
     )
-    _optional_value(parser, "--igvm")
+    optional_value(parser, "--igvm", _TAKE_FROM_CATALOGUE)
 
 
 def _choice_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,27 +66,10 @@ def _choice_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _optional_value(parser: argparse.ArgumentParser, option: str) -> None:
-    """Let an option take a value after '=' only, as getopt_long has it.
-
-    argparse would take the next word as the value, `-` for standard input included.
-    """
-    parse = parser.parse_known_args
-
-    def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
-        words = sys.argv[1:] if args is None else args
-        words = [f"{option}={_TAKE_FROM_CATALOGUE}" if word == option else word for word in words]
-        return parse(words, namespace)
-
-    parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
-
-
 def _connect_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-c",
-        "--connect",
-        metavar="URI",
-        help="libvirt's URI, as virsh takes it; also qemu:///embed?root=DIR, which needs no daemon",
+    connect_option(
+        parser,
+        "libvirt's URI, as virsh takes it; also qemu:///embed?root=DIR, which needs no daemon",
     )
 
 
@@ -98,9 +81,7 @@ def _rewrite_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="write to a file")
     _igvm_argument(parser)
     _choice_arguments(parser)
-    parser.add_argument(
-        "-c", "--connect", metavar="URI", help="ask this libvirt what its host offers"
-    )
+    connect_option(parser, "ask this libvirt what its host offers")
 
 
 def _rewrite(args: argparse.Namespace) -> int:
@@ -135,7 +116,7 @@ def _restore(args: argparse.Namespace) -> int:
 
 def _define_arguments(parser: argparse.ArgumentParser) -> None:
     _connect_arguments(parser)
-    parser.add_argument("file", metavar="FILE", help="the domain's XML; - is standard input")
+    named_argument(parser, "file", "the domain's XML; - is standard input")
     _igvm_argument(parser)
     _choice_arguments(parser)
     parser.add_argument(
@@ -188,7 +169,7 @@ def _create(args: argparse.Namespace) -> int:
 
 def _start_arguments(parser: argparse.ArgumentParser) -> None:
     _connect_arguments(parser)
-    parser.add_argument("domain", metavar="DOMAIN", help="its name or UUID")
+    named_argument(parser, "domain", _DOMAIN)
     parser.add_argument("--paused", action="store_true", help="leave the processors stopped")
     parser.add_argument(
         "--bypass-cache", action="store_true", help="avoid the host's cache when loading"
@@ -213,7 +194,7 @@ def _start(args: argparse.Namespace) -> int:
 
 def _edit_arguments(parser: argparse.ArgumentParser) -> None:
     _connect_arguments(parser)
-    parser.add_argument("domain", metavar="DOMAIN", help="its name or UUID")
+    named_argument(parser, "domain", _DOMAIN)
     _choice_arguments(parser)
     parser.set_defaults(igvm=None)
     parser.add_argument(
@@ -261,7 +242,7 @@ def _redefine(
 
 def _dumpxml_arguments(parser: argparse.ArgumentParser) -> None:
     _connect_arguments(parser)
-    parser.add_argument("domain", metavar="DOMAIN", help="its name or UUID")
+    named_argument(parser, "domain", _DOMAIN)
     parser.add_argument("--inactive", action="store_true", help="what the next start will use")
     parser.add_argument("--security-info", action="store_true", help="with passwords")
     parser.add_argument("--update-cpu", action="store_true", help="with the host's CPU features")
@@ -288,7 +269,7 @@ def _dumpxml(args: argparse.Namespace) -> int:
 
 def _undefine_arguments(parser: argparse.ArgumentParser) -> None:
     _connect_arguments(parser)
-    parser.add_argument("domain", metavar="DOMAIN", help="its name or UUID")
+    named_argument(parser, "domain", _DOMAIN)
     nvram = parser.add_mutually_exclusive_group()
     nvram.add_argument(
         "--nvram",
@@ -297,6 +278,14 @@ def _undefine_arguments(parser: argparse.ArgumentParser) -> None:
         help="remove the file of UEFI variables, and the state of the firmware's vTPM",
     )
     nvram.add_argument("--keep-nvram", dest="nvram", action="store_false", help="keep them")
+    tpm = parser.add_mutually_exclusive_group()
+    tpm.add_argument(
+        "--tpm",
+        action="store_true",
+        default=None,
+        help="remove the state of the TPM that <tpm> has libvirt emulate",
+    )
+    tpm.add_argument("--keep-tpm", dest="tpm", action="store_false", help="keep it")
     parser.add_argument("--managed-save", action="store_true", help="remove a saved state")
     parser.add_argument(
         "--snapshots-metadata", action="store_true", help="remove what is known of snapshots"
@@ -312,6 +301,7 @@ def _undefine(args: argparse.Namespace) -> int:
             connection,
             args.domain,
             nvram=args.nvram,
+            tpm=args.tpm,
             managed_save=args.managed_save,
             snapshots_metadata=args.snapshots_metadata,
             checkpoints_metadata=args.checkpoints_metadata,

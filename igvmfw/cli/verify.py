@@ -5,6 +5,7 @@ import base64
 from typing import Any
 
 from igvmfw.cli import Command
+from igvmfw.cli.options import connect_option, named_argument
 from igvmfw.cli.output import emit, emit_json, warn
 from igvmfw.platforms import Platform
 from igvmfw.verify import Measurement, Verification, read_tik, verify
@@ -17,8 +18,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "0 says that it is verified; 1 that it is not, also where there is nothing to verify with: "
         "no TIK, or SEV-SNP, whose guests are verified by their attestation report."
     )
-    parser.add_argument("domain", metavar="DOMAIN", help="its name or UUID")
-    parser.add_argument("-c", "--connect", metavar="URI", help="libvirt's URI, as virsh takes it")
+    named_argument(parser, "domain", "its name, UUID or ID")
+    connect_option(parser, "libvirt's URI, as virsh takes it")
     parser.add_argument(
         "--tik",
         metavar="FILE",

@@ -306,6 +306,38 @@ def test_the_default_uri_is_virshs(
     one_line(err, "nonsense")
 
 
+def test_words_stand_where_virsh_takes_them(
+    run: Run, libvirt: None, xml: Callable[[str], Path]
+) -> None:
+    plain = ("dumpxml", "-c", TEST_DRIVER, "test")
+    _, shown, _ = run(*plain)
+    assert "<name>test</name>" in shown
+    for words in (
+        ("-c", TEST_DRIVER, "dumpxml", "test"),
+        (f"--connect={TEST_DRIVER}", "dumpxml", "--domain", "test"),
+        ("-c", "nonsense:///", "dumpxml", "--domain=test", "-c", TEST_DRIVER),
+        ("dumpxml", "-c", TEST_DRIVER, "1"),
+    ):
+        assert run(*words) == (0, shown, ""), words
+    file = xml(
+        "<domain type='test'><name>a</name><memory>8192</memory><os><type>hvm</type></os></domain>"
+    )
+    for words in (("--file", file), (f"--file={file}",)):
+        code, out, _ = run("-c", TEST_DRIVER, "define", *words)
+        assert (code, out) == (0, "Domain 'a' defined\n")
+    for option in ("--tpm", "--keep-tpm"):
+        code, out, err = run("-c", TEST_DRIVER, "undefine", option, "test")
+        assert code == 4  # passed on: that driver knows no such flag
+        one_line(err, "unsupported flags (0x")
+    # what comes after -- is no option
+    code, _, err = run("dumpxml", "-c", TEST_DRIVER, "--", "--domain")
+    assert code == 4
+    one_line(err, "domain '--domain'")
+    code, out, err = run("-c", TEST_DRIVER, "inspect", file)
+    assert (code, out) == (2, "")
+    one_line(err, "inspect asks no libvirt (leave --connect out)")
+
+
 def test_define_without_igvm_is_virshs_define(
     run: Run, libvirt: None, xml: Callable[[str], Path]
 ) -> None:
