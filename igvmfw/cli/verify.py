@@ -4,9 +4,11 @@ import argparse
 import base64
 from typing import Any
 
+from igvmfw import files
 from igvmfw.cli import Command
 from igvmfw.cli.options import connect_option, named_argument
 from igvmfw.cli.output import emit, emit_json, warn
+from igvmfw.errors import UsageError
 from igvmfw.platforms import Platform
 from igvmfw.verify import Measurement, Verification, read_tik, verify
 from igvmfw.virt.host import connect
@@ -42,6 +44,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    if args.tik == args.file == files.STDIN:
+        raise UsageError("--tik and --file cannot both be standard input", hint="name one of them")
     tik = None if args.tik is None else read_tik(args.tik)
     with connect(args.connect) as connection:
         result = verify(connection, args.domain, path=args.file, tik=tik, cpu=args.cpu)

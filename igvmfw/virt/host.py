@@ -68,6 +68,11 @@ _REMEDIES = (
         r"-no-acpi: invalid option",
         "this libvirt is older than this QEMU: put <features><acpi/></features> into the domain",
     ),
+    (
+        r"End of file while reading|client socket is closed|Cannot recv data: : |Broken pipe",
+        "the connection was lost, perhaps after libvirt had done what it was asked: look with "
+        "virsh list --all before trying again",
+    ),
     (r"does not accept value 'igvm-cfg'", "this QEMU has no IGVM: name another in <emulator>"),
     (
         r"does not describe a compatible supported platform",

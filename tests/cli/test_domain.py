@@ -322,11 +322,11 @@ def test_words_stand_where_virsh_takes_them(
     file = xml(
         "<domain type='test'><name>a</name><memory>8192</memory><os><type>hvm</type></os></domain>"
     )
-    for words in (("--file", file), (f"--file={file}",)):
-        code, out, _ = run("-c", TEST_DRIVER, "define", *words)
+    for option in (["--file", str(file)], [f"--file={file}"]):
+        code, out, _ = run("-c", TEST_DRIVER, "define", *option)
         assert (code, out) == (0, "Domain 'a' defined\n")
-    for option in ("--tpm", "--keep-tpm"):
-        code, out, err = run("-c", TEST_DRIVER, "undefine", option, "test")
+    for tpm in ("--tpm", "--keep-tpm"):
+        code, out, err = run("-c", TEST_DRIVER, "undefine", tpm, "test")
         assert code == 4  # passed on: that driver knows no such flag
         one_line(err, "unsupported flags (0x")
     # what comes after -- is no option

@@ -272,6 +272,21 @@ def test_what_libvirt_cannot_run_either_is_said_in_our_words(
     assert words in refused.err
 
 
+@pytest.mark.parametrize("command", ["define", "create"])
+def test_a_file_that_sets_more_vcpus_than_the_guest_has(
+    uri: str, igvm_qemu: Path, ovmf: Path, tmp_path: Path, embed_root: Path, command: str
+) -> None:
+    file = wrap(ovmf, tmp_path / "es.igvm", "--platform", "sev-es", "--vcpus", "4")
+    xml = tmp_path / "guest.xml"
+    security = "<launchSecurity type='sev'><policy>0x7</policy></launchSecurity>"
+    xml.write_text(domain(igvm_qemu, file, vcpus=2, security=security))
+    refused = igvmfw(command, "-c", uri, xml)
+    assert (refused.code, refused.out) == (1, "")
+    said = refused.err.splitlines()[-1]
+    assert f"{file}: the file sets vCPU 3, the guest has only 2 (give the guest at least 4" in said
+    assert not list((embed_root / "etc/qemu").glob("*.xml"))
+
+
 @pytest.mark.parametrize(
     ("name", "spelled"), [("a b", "a%20b"), ("a+b", "a+b"), ("a;b&c", "a%3Bb%26c")]
 )

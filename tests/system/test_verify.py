@@ -4,6 +4,7 @@ import base64
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import jsonschema
@@ -101,6 +102,17 @@ def test_yes_and_the_ways_to_no(
     assert document["verified"] is True
     assert document["reasons"] == []
     assert (document["file"], document["digest"]) == (str(copy), record.digest.hex())
+
+    # each from standard input, and both
+    for word, given in (("--tik", sev_emulator.tik), ("--file", file.read_bytes())):
+        others = {"--tik": tik, "--file": file, word: "-"}
+        words = [str(part) for pair in others.items() for part in pair]
+        command = [sys.executable, "-m", "igvmfw", "verify", "-c", uri, *words, "guest"]
+        piped = subprocess.run(command, input=given, capture_output=True, check=False, timeout=60)
+        assert (piped.returncode, piped.stderr) == (0, b""), word
+    both = verify(uri, "--tik", "-", "--file", "-")
+    assert both.code == 2
+    assert "--tik and --file cannot both be standard input" in both.err
 
     # another key
     wrong = tmp_path / "wrong.bin"
