@@ -20,7 +20,7 @@ from igvmfw.findings import Guest, Severity
 from igvmfw.igvm.image import IgvmFile
 from igvmfw.machine import check_host
 from igvmfw.platforms import Platform
-from igvmfw.qemu.acceptance import ANY_RELEASE, acceptance_of
+from igvmfw.qemu.acceptance import ANY_RELEASE
 from igvmfw.qemu.emulator import may_run, probe
 from igvmfw.virt.domain import Domain
 from igvmfw.virt.record import File, OnChange, Record
@@ -208,7 +208,7 @@ class _Judged:
         if self.emulator is not None and may_run(self.emulator):
             found = probe(self.emulator)
             found.require_igvm()
-            release = acceptance_of(found.version)
+            release = found.acceptance
             upkeep.check_emulator(self.domain, self.emulator)
         guest = Guest(vcpus=self.domain.vcpus, memory=self.domain.memory)
         for finding in check_image(self.image, self.platform, release, guest):
