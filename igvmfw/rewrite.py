@@ -168,12 +168,16 @@ def as_request(domain: Domain) -> Domain:
         return domain
     result = domain.copy()
     record = Record.make(result)
+    chosen = record.chosen
     if record.file is not None:
         remove_arguments(result, record)
         _undo_needs(result, record)
     if is_request(result.os):  # a newer request than the recorded one
         record.drop(Part.REQUEST)
     record.give_back(Part.REQUEST)
+    if chosen and not is_request(result.os):
+        # what is recorded is never acted on by itself: it could have igvmfw read or make any file
+        raise record.damaged()
     record.drop("file", "state")
     if not record.has(Part.BEFORE):
         record.remove()

@@ -407,6 +407,7 @@ def test_a_domain_that_asks_for_nothing() -> None:
         ("index='1'", "index='-1'"),
         ("index='1'", "index='²'"),
         ("measurement='ab", "measurement='xx"),
+        (":request", ":requests"),
     ],
 )
 def test_a_damaged_record_is_one_clear_error(old: str, new: str) -> None:

@@ -237,6 +237,19 @@ class Record:
         """Record the guest policy that igvmfw filled in; None when the domain has its own."""
         _set(self.element, "policy", None if policy is None else f"0x{policy:x}")
 
+    @property
+    def chosen(self) -> bool:
+        """Whether a file, or a place for a vTPM's state, was recorded.
+
+        Raises:
+            DomainError: Someone damaged the record.
+        """
+        return self.file is not None or self.state is not None
+
+    def damaged(self) -> DomainError:
+        """The error of a record that igvmfw cannot have made."""
+        return _damaged(self.element)
+
     def made(self, *names: str) -> None:
         """Record that igvmfw made these elements."""
         known = self.element.get("made", "").split()

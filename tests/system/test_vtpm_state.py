@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from igvmfw.qemu import svsmdisk
+from igvmfw.virt.domain import Domain
+from igvmfw.virt.record import NAMESPACE
 from tests.parts import need
 from tests.system.vtpm import SIZE, Host, arguments, domain, emulator, firmware, uuid_in
 
@@ -292,6 +294,36 @@ def test_an_interrupt_does_not_take_a_running_guests_state_away(host: Host) -> N
     (disk,) = host.blocks()
     assert disk["inserted"]["file"] == str(host.state(ID))
     assert host.state(ID).stat().st_size == SIZE
+
+
+@pytest.mark.parametrize("dropped", ["request", "what is in the request", "request and file"])
+def test_a_record_alone_makes_no_file(host: Host, dropped: str) -> None:
+    """Otherwise a domain's author gets what root alone may read into a guest's disk."""
+    secret, elsewhere, xml = (host.work / name for name in ("secret", "elsewhere", "guest.xml"))
+    secret.write_bytes(b"secret")
+    xml.write_text(domain(host.qemu, id_=ID))
+    made = host.run("define", "--print-xml", "--root", host.root, xml)
+    assert made.code == 0, made.err
+    assert str(host.states) in made.out
+    forged = Domain.parse(made.out.replace(str(host.states), str(elsewhere)).encode())
+    ours = {"igvmfw": NAMESPACE}
+    (record,) = forged.root.iterfind("metadata/igvmfw:domain", ours)
+    (request,) = record.iterfind("igvmfw:request", ours)
+    (file,) = record.iterfind("igvmfw:file", ours)
+    if dropped == "what is in the request":
+        request.clear()
+    else:
+        record.remove(request)
+    if dropped == "request and file":
+        record.remove(file)
+    (state,) = record.iterfind("igvmfw:state", ours)
+    state.set("template", str(secret))
+    text = forged.write().decode()
+    for result in (host.define(text), host.create(text, "--paused")):
+        assert (result.code, result.out) == (3, ""), result.err
+        assert "igvmfw's record in <metadata> is damaged" in result.err
+    assert not elsewhere.exists()
+    assert not host.states.exists()
 
 
 def test_a_start_without_its_state_is_refused(host: Host) -> None:
