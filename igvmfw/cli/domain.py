@@ -10,7 +10,7 @@ from pathlib import Path
 from igvmfw import files
 from igvmfw.cli import Command
 from igvmfw.cli.editor import asks_again, editing
-from igvmfw.cli.options import connect_option, named_argument, optional_value
+from igvmfw.cli.options import connect_option, named_argument, optional_value, root_option
 from igvmfw.cli.output import emit, emit_bytes, emit_json, note, warn
 from igvmfw.errors import IgvmfwError, RefusedError
 from igvmfw.launch import (
@@ -45,13 +45,7 @@ def _igvm_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def _choice_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--root",
-        type=Path,
-        default=Path("/"),
-        metavar="DIR",
-        help="choose among the firmware descriptors and files below DIR",
-    )
+    root_option(parser, "choose among the firmware descriptors and files below DIR")
     parser.add_argument(
         "--no-lock-memory",
         dest="lock_memory",
@@ -74,11 +68,7 @@ def _connect_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _rewrite_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "domain", nargs="?", default=files.STDIN, metavar="DOMAIN", help="an XML file (default: -)"
-    )
-    parser.add_argument("--diff", action="store_true", help="print the difference instead")
-    parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="write to a file")
+    _restore_arguments(parser)
     _igvm_argument(parser)
     _choice_arguments(parser)
     connect_option(parser, "ask this libvirt what its host offers")

@@ -9,17 +9,15 @@ from typing import Any
 from igvmfw import rooted
 from igvmfw.errors import InputError
 
+_ROOT = (
+    "for the guests of another root directory: files are below it, and descriptors name them as "
+    "seen from in there"
+)
 
-def root_option(parser: argparse.ArgumentParser) -> None:
+
+def root_option(parser: argparse.ArgumentParser, text: str = _ROOT) -> None:
     """Declare --root."""
-    parser.add_argument(
-        "--root",
-        type=_root,
-        default=rooted.HOST,
-        metavar="DIR",
-        help="for the guests of another root directory: files are below it, and descriptors name "
-        "them as seen from in there",
-    )
+    parser.add_argument("--root", type=_root, default=rooted.HOST, metavar="DIR", help=text)
 
 
 CONNECT = ("-c", "--connect")

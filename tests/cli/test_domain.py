@@ -151,6 +151,17 @@ def test_efi_becomes_igvm_and_back(
     assert "secure-boot" in err  # asked for, and no descriptor to say so
 
 
+def test_a_relative_root(
+    run: Run, root: Path, xml: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = xml(PLAIN)
+    monkeypatch.chdir(root.parent)
+    assert run("rewrite", "--root", root.name, file) == run("rewrite", "--root", root, file)
+    code, out, err = run("rewrite", "--root", "nowhere", file)
+    assert (code, out) == (3, "")
+    one_line(err, "nowhere: is no directory")
+
+
 def test_igvm_with_a_relative_path(
     run: Run, root: Path, xml: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
