@@ -14,6 +14,7 @@ from igvmfw.igvm.image import IgvmFile
 from igvmfw.igvm.measure import launch_digest
 from igvmfw.platforms import Platform
 from igvmfw.resources import load_schema
+from igvmfw.virt.record import NAMESPACE
 from tests.parts import need
 from tests.system.guests import Result, domain, igvmfw, wrap
 from tests.testbed.standin import API_VERSION, SevEmulator
@@ -140,6 +141,14 @@ def test_yes_and_the_ways_to_no(
     yes = verify(uri, "--tik", tik)
     assert yes.code == 0
     assert "the file changed since guest was defined, in a part that is not measured" in yes.err
+    # the owner does not depend on what the host has put into the metadata
+    forged = ["--uri", NAMESPACE, "--key", "x", "--set", "<domain><file sha256='x'/></domain>"]
+    put = ["virsh", "-q", "-c", uri, "metadata", "guest", *forged, "--live"]
+    subprocess.run(put, check=True, capture_output=True, timeout=60)
+    damaged = verify(uri, "--tik", tik)
+    assert damaged.code == 3
+    assert "igvmfw's record in <metadata> is damaged" in damaged.err
+    assert verify(uri, "--tik", tik, "--file", copy).code == 0
 
 
 def test_another_count_of_vcpus_is_another_launch(
