@@ -242,7 +242,7 @@ def fetch(
 
     Args:
         connection: Where.
-        name: The domain's name or UUID.
+        name: The domain's ID, UUID or name.
         inactive: What the next start will use, also while it runs.
         security_info: With passwords and the like.
         update_cpu: With the CPU model brought in line with the host.
@@ -250,7 +250,7 @@ def fetch(
     Raises:
         LibvirtError: There is no such domain, or reading it is not allowed.
     """
-    native = connection.find(name)
+    native = connection.find(name, by_id=True)
     with translated(f"domain '{name}'"):
         import libvirt
 
@@ -277,7 +277,7 @@ def undefine(
 
     Args:
         connection: Where.
-        name: The domain's name or UUID.
+        name: The domain's ID, UUID or name.
         nvram: Remove the file of UEFI variables and the state of the firmware's vTPM (True) or
             keep them (False), where there are any.
         tpm: Remove the state of the TPM that libvirt emulates (True) or keep it (False); None does
@@ -290,7 +290,7 @@ def undefine(
         RefusedError: The vTPM has a state, and `nvram` does not say what shall become of it.
         OutputError: The state cannot be removed from here.
     """
-    native = connection.find(name)
+    native = connection.find(name, by_id=True)
     kept = upkeep.find(connection, fetch(connection, name, inactive=True))
     upkeep.check_undefine(name, kept, nvram=nvram)
     with translated(f"domain '{name}'"):

@@ -171,13 +171,13 @@ def inquire(connection: Connection, name: str) -> Launch:
 
     Args:
         connection: Where.
-        name: The domain's name or UUID.
+        name: The domain's ID, UUID or name.
     Raises:
         RefusedError: It does not run, or is not protected by SEV.
         LibvirtError: There is no such domain, or libvirt does not tell.
     """
     where = f"domain '{name}'"
-    native = connection.find(name)
+    native = connection.find(name, by_id=True)
     with translated(where):
         if not native.isActive():
             raise RefusedError(
@@ -218,7 +218,7 @@ def verify(
 
     Args:
         connection: Where the domain runs.
-        name: Its name or UUID.
+        name: Its ID, UUID or name.
         path: The owner's copy of the file; None takes the one that the domain was given.
         tik: The owner's key, 16 bytes; without it nothing is verified.
         cpu: The guest's CPU model, as `cpus.signature` takes it; None takes the domain's.

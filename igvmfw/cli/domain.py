@@ -159,7 +159,7 @@ def _create(args: argparse.Namespace) -> int:
 
 def _start_arguments(parser: argparse.ArgumentParser) -> None:
     _connect_arguments(parser)
-    named_argument(parser, "domain", _DOMAIN)
+    named_argument(parser, "domain", "its name or UUID")
     parser.add_argument("--paused", action="store_true", help="leave the processors stopped")
     parser.add_argument(
         "--bypass-cache", action="store_true", help="avoid the host's cache when loading"

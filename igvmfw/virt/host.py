@@ -216,18 +216,19 @@ class Connection:
             xml: str = self.native.getCapabilities()
         return keeping.owner(domain, xml)
 
-    def find(self, name: str) -> Any:
-        """A domain by its ID, UUID or name, in the order in which virsh tries them.
+    def find(self, name: str, *, by_id: bool = False) -> Any:
+        """A domain by its UUID or name, in the order in which virsh tries them.
 
         Args:
-            name: An ID is for a running domain alone.
+            name: The UUID or name.
+            by_id: Take it for the ID of a running domain first.
         Raises:
             LibvirtError: There is none.
         """
         with translated(f"domain '{name}'"):
             import libvirt
 
-            if _ID.fullmatch(name):
+            if by_id and _ID.fullmatch(name):
                 with contextlib.suppress(libvirt.libvirtError):
                     return self.native.lookupByID(int(name))
             if _UUID.fullmatch(name):

@@ -243,7 +243,7 @@ def test_dumpxml_of_a_running_guest(defined: str) -> None:
         assert dumped(defined, *words).request() is not None
 
 
-def test_a_domain_by_its_uuid_or_id(defined: str, embed_root: Path) -> None:
+def test_a_domain_by_its_uuid_or_id(defined: str, embed_root: Path, tmp_path: Path) -> None:
     uuid = Domain.parse(kept(embed_root)).root.findtext("uuid")
     assert uuid is not None
     assert igvmfw("dumpxml", "-c", defined, uuid).code == 0
@@ -251,6 +251,11 @@ def test_a_domain_by_its_uuid_or_id(defined: str, embed_root: Path) -> None:
     assert igvmfw("start", "-c", defined, "--paused", uuid).code == 0
     by_id = igvmfw("dumpxml", "-c", defined, "1")
     assert (by_id.code, by_id.out) == (0, igvmfw("dumpxml", "-c", defined, "guest").out)
+    # what is to be started has none, so that this is a name
+    xml = tmp_path / "guest.xml"
+    xml.write_text(xml.read_text().replace(">guest<", ">1<"))
+    assert igvmfw("define", "-c", defined, xml).code == 0
+    assert igvmfw("start", "-c", defined, "--paused", "1").out == "Domain '1' started\n"
 
 
 @pytest.mark.parametrize(
