@@ -45,7 +45,8 @@ class Cache:
         """The cache of who runs this: gone with the next boot, or with the session."""
         if os.geteuid() == 0:
             return cls(Path("/run/igvmfw"))
-        runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+        # libvirt hands a hook no such variable (virCommandAddEnvPassCommon)
+        runtime = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}"
         return cls(Path(runtime) / "igvmfw") if runtime.startswith("/") else None
 
     def has(self, key: Mapping[str, object]) -> bool:

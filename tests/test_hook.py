@@ -213,6 +213,25 @@ def test_only_what_nobody_else_could_write_is_trusted(tmp_path: Path) -> None:
             os.chown(place, 0, -1)
 
 
+@pytest.mark.parametrize(
+    ("user", "runtime", "expected"),
+    [
+        (0, "/elsewhere", "/run/igvmfw"),
+        (1000, "/run/user/1000", "/run/user/1000/igvmfw"),
+        (1000, None, "/run/user/1000/igvmfw"),  # as libvirt of a session runs a hook
+        (1000, "relative", None),
+    ],
+)
+def test_where_the_cache_is(
+    monkeypatch: pytest.MonkeyPatch, user: int, runtime: str | None, expected: str | None
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    if runtime is not None:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", runtime)
+    assert Cache.of_user() == (None if expected is None else Cache(Path(expected)))
+
+
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     cache = Cache(tmp_path / "file")
