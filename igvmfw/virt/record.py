@@ -306,7 +306,8 @@ class Record:
             raise DomainError(
                 "other firmware was put into <os> after igvmfw rewrote the domain",
                 where=place(os.element),
-                hint="remove it there, or remove igvmfw's element from <metadata>",
+                hint="remove it there, with virsh edit where libvirt has the domain, or remove "
+                "igvmfw's element from <metadata>",
             )
         elements = holder.findall(_tag("taken"))
         if len(elements) > _MAX_TAKEN:

@@ -152,6 +152,13 @@ def test_firmware_that_was_put_in_by_other_means(
     edited.write_text(text.replace(old, new.format(**places)))
     assert daemon.virsh("define", edited).err == ""
     assert words.format(**places) in refused(daemon)
+    if "<loader" in new:
+        for command in ("dumpxml", "edit"):  # what was asked for cannot be shown
+            shown = igvmfw(command, "-c", daemon.uri, "guest")
+            assert (shown.code, shown.out) == (3, "")
+            assert "error: domain 'guest': line " in shown.err
+            assert "other firmware was put into <os>" in shown.err
+            assert "with virsh edit" in shown.err
     daemon.virsh("undefine", "--nvram", "guest")
 
 
