@@ -283,7 +283,10 @@ def test_an_interrupt_does_not_take_a_running_guests_state_away(host: Host) -> N
     qemu.chmod(0o755)
     xml.write_text(domain(qemu, id_=ID))
     script = (
-        f"import os, sys; open({str(pid)!r}, 'w').write(str(os.getpid()))\n"
+        "import os, signal, sys\n"
+        # what runs in the background may have been told to pass it over
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"open({str(pid)!r}, 'w').write(str(os.getpid()))\n"
         "from igvmfw.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     words = ["create", "--paused", "-c", host.uri, "--root", str(host.root), str(xml)]
