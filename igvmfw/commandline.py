@@ -134,6 +134,16 @@ def remove_arguments(domain: Domain, record: Record) -> None:
     record.forget("commandline")
 
 
+def gives_file(domain: Domain, path: str) -> bool:
+    """Whether QEMU is given exactly this IGVM file, in igvmfw's words.
+
+    Raises:
+        DomainError: Several are named: which one QEMU takes is nothing to rely on.
+    """
+    given = {argument.option: argument.value for argument in _named(domain)}
+    return given == {"-object": object_argument(path), "-machine": _MACHINE_VALUE}
+
+
 def has_state(domain: Domain, state: State) -> bool:
     """Whether QEMU is given exactly this state of a vTPM."""
     return all(_find(domain, *pair) is not None for pair in _pairs(state_arguments(state)))

@@ -188,10 +188,22 @@ def create(
             flags |= libvirt.VIR_DOMAIN_START_VALIDATE if validate else 0
             name: str = connection.native.createXML(_text(domain), flags).name()
     except BaseException:
-        if made is not None:
-            statefile.remove(made)  # no guest has written to it
+        # an interrupt can come when the guest runs already, and a lost connection leaves it open
+        if made is not None and _is_gone(connection, domain):
+            statefile.remove(made)
         raise
     return name
+
+
+def _is_gone(connection: Connection, domain: Domain) -> bool:
+    """Whether libvirt says that it has no such domain, so that nothing has its vTPM's state."""
+    import libvirt
+
+    try:
+        connection.native.lookupByUUIDString(domain.uuid)
+    except libvirt.libvirtError as error:
+        return bool(error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN)
+    return False
 
 
 def start(
@@ -248,7 +260,7 @@ def fetch(
 
     Args:
         connection: Where.
-        name: The domain's name or UUID.
+        name: The domain's ID, UUID or name.
         inactive: What the next start will use, also while it runs.
         security_info: With passwords and the like.
         update_cpu: With the CPU model brought in line with the host.
@@ -256,7 +268,7 @@ def fetch(
     Raises:
         LibvirtError: There is no such domain, or reading it is not allowed.
     """
-    native = connection.find(name)
+    native = connection.find(name, by_id=True)
     with translated(f"domain '{name}'"):
         import libvirt
 
@@ -274,6 +286,7 @@ def undefine(
     name: str,
     *,
     nvram: bool | None = None,
+    tpm: bool | None = None,
     managed_save: bool = False,
     snapshots_metadata: bool = False,
     checkpoints_metadata: bool = False,
@@ -282,9 +295,11 @@ def undefine(
 
     Args:
         connection: Where.
-        name: The domain's name or UUID.
+        name: The domain's ID, UUID or name.
         nvram: Remove the file of UEFI variables and the state of the firmware's vTPM (True) or
             keep them (False), where there are any.
+        tpm: Remove the state of the TPM that libvirt emulates (True) or keep it (False); None does
+            what libvirt does by itself.
         managed_save: Remove a saved state.
         snapshots_metadata: Remove what libvirt knows of snapshots.
         checkpoints_metadata: Remove what libvirt knows of checkpoints.
@@ -293,7 +308,7 @@ def undefine(
         RefusedError: The vTPM has a state, and `nvram` does not say what shall become of it.
         OutputError: The state cannot be removed from here.
     """
-    native = connection.find(name)
+    native = connection.find(name, by_id=True)
     kept = upkeep.find(connection, fetch(connection, name, inactive=True))
     upkeep.check_undefine(name, kept, nvram=nvram)
     with translated(f"domain '{name}'"):
@@ -304,8 +319,14 @@ def undefine(
             True: libvirt.VIR_DOMAIN_UNDEFINE_NVRAM,
             False: libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM,
         }[nvram]
+        tpm_flag = {
+            None: 0,
+            True: libvirt.VIR_DOMAIN_UNDEFINE_TPM,
+            False: libvirt.VIR_DOMAIN_UNDEFINE_KEEP_TPM,
+        }[tpm]
         flags = (
             nvram_flag
+            | tpm_flag
             | (libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE if managed_save else 0)
             | (libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA if snapshots_metadata else 0)
             | (libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA if checkpoints_metadata else 0)

@@ -1,13 +1,14 @@
 """What commands and managers ask for in one call: the steps put together, warnings as data."""
 
+import contextlib
 import dataclasses
 import os
 from pathlib import Path
 
 from igvmfw import launch, rooted
-from igvmfw.errors import IgvmfwError
+from igvmfw.errors import IgvmfwError, LibvirtError
 from igvmfw.qemu import catalog
-from igvmfw.rewrite import Rewritten, request_of
+from igvmfw.rewrite import Rewritten, check_guest, request_of
 from igvmfw.upkeep import unfinished
 from igvmfw.virt.domain import Domain
 from igvmfw.virt.host import Connection
@@ -35,7 +36,7 @@ def prepare(
             this.
         lock_memory: Let SEV and SEV-ES guests lock their memory, where libvirt may allow it.
         on_change: What a start does when the file is another by then; None leaves it as recorded,
-            which is to refuse where nothing is.
+            also in the definition that this one is to replace, and is to refuse where nothing is.
     Returns:
         The domain for `define` or `create`.  What could not be done or checked is among its
         warnings; when the call fails, it is in the error's notes.
@@ -50,9 +51,13 @@ def prepare(
     warnings: list[str] = []
     capabilities = None
     if connection is not None:
-        capabilities = connection.capabilities(
-            emulator=domain.emulator, machine=domain.os.machine, kind=domain.type
-        )
+        try:
+            capabilities = connection.capabilities(
+                emulator=domain.emulator, machine=domain.os.machine, kind=domain.type
+            )
+        except LibvirtError:
+            check_guest(domain)  # says better what libvirt cannot run either
+            raise
         if connection.is_remote:
             warnings.append(f"the firmware is chosen and checked here, not on {connection.host}")
         pinned = domain.security is not None and domain.security.type == "sev"
@@ -62,6 +67,8 @@ def prepare(
                 "<locked/> left out: libvirt may not lift the limit on locked memory here; a "
                 "SEV guest starts if its memory fits into the limit (ulimit -l)"
             )
+    if on_change is None and connection is not None and launch.recorded(domain) is None:
+        on_change = _chosen_before(connection, domain)
     if user is None:
         user = os.geteuid() != 0 if connection is None else not connection.is_system
     found = catalog.load(catalog.search_path(root, user=user), root)
@@ -82,3 +89,12 @@ def prepare(
             error.add_note(warning)
         raise
     return dataclasses.replace(rewritten, warnings=(*warnings, *rewritten.warnings))
+
+
+def _chosen_before(connection: Connection, domain: Domain) -> OnChange | None:
+    """What the definition has that a request will replace; the request does not show it."""
+    with contextlib.suppress(IgvmfwError):
+        former = launch.fetch(connection, domain.uuid, inactive=True) if domain.uuid else None
+        file = None if former is None else launch.recorded(former)
+        return None if file is None else file.on_change
+    return None

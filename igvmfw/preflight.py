@@ -14,13 +14,13 @@ from pathlib import Path
 
 from igvmfw import __version__, files, state, upkeep
 from igvmfw.check import check_image
-from igvmfw.commandline import object_argument
+from igvmfw.commandline import check_arguments, gives_file
 from igvmfw.errors import IgvmfwError, OutputError, RefusedError
 from igvmfw.findings import Guest, Severity
 from igvmfw.igvm.image import IgvmFile
 from igvmfw.machine import check_host
 from igvmfw.platforms import Platform
-from igvmfw.qemu.acceptance import ANY_RELEASE, acceptance_of
+from igvmfw.qemu.acceptance import ANY_RELEASE
 from igvmfw.qemu.emulator import may_run, probe
 from igvmfw.virt.domain import Domain
 from igvmfw.virt.record import File, OnChange, Record
@@ -45,7 +45,8 @@ class Cache:
         """The cache of who runs this: gone with the next boot, or with the session."""
         if os.geteuid() == 0:
             return cls(Path("/run/igvmfw"))
-        runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+        # libvirt hands a hook no such variable (virCommandAddEnvPassCommon)
+        runtime = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}"
         return cls(Path(runtime) / "igvmfw") if runtime.startswith("/") else None
 
     def has(self, key: Mapping[str, object]) -> bool:
@@ -103,7 +104,8 @@ def check_start(
         emulator: The QEMU that a domain gets which names none; None where that is not known.
         cache: What was found before; None looks at everything anew.
     Raises:
-        RefusedError: The file changed, QEMU would not take it, or the host cannot do the platform.
+        RefusedError: QEMU would get another file or none, or other firmware beside it; the file
+            changed, QEMU would not take it, or the host cannot do the platform.
         InputError: The file is missing, unreadable or damaged, or the domain's record is, or the
             state of its vTPM is missing.
         EmulatorError: The emulator does not take IGVM files, or cannot give the vTPM its state.
@@ -112,7 +114,7 @@ def check_start(
     file = None if record is None else record.file
     if file is None:
         return
-    _check_argument(domain, file)
+    _check_given(domain, file)
     upkeep.check(domain)
     security = domain.security
     platform = Platform.NATIVE if security is None else security.platform
@@ -136,9 +138,20 @@ def check_start(
         judged.check(cache)
 
 
-def _check_argument(domain: Domain, file: File) -> None:
-    """What is checked below has to be what QEMU gets."""
-    if object_argument(file.path) not in domain.arguments:
+def _check_given(domain: Domain, file: File) -> None:
+    """What is checked below has to be what QEMU gets, and all that it gets."""
+    os = domain.os
+    other = os.loader.element if os.loader is not None else os.variables
+    if other is not None or os.firmware is not None:
+        what = f"firmware={os.firmware!r}" if other is None else f"<{other.tag}>"
+        raise RefusedError(
+            f"{domain.name} has {what} beside the IGVM file {file.path}, which QEMU does not take",
+            where="<os>",
+            hint="remove it with virsh edit, or remove igvmfw's element from <metadata> and the "
+            "IGVM file from <qemu:commandline>",
+        )
+    check_arguments(domain, ours=True)
+    if not gives_file(domain, file.path):
         raise RefusedError(
             f"{domain.name} records the IGVM file {file.path}, which QEMU is not given",
             where="<qemu:commandline>",
@@ -196,7 +209,7 @@ class _Judged:
         if self.emulator is not None and may_run(self.emulator):
             found = probe(self.emulator)
             found.require_igvm()
-            release = acceptance_of(found.version)
+            release = found.acceptance
             upkeep.check_emulator(self.domain, self.emulator)
         guest = Guest(vcpus=self.domain.vcpus, memory=self.domain.memory)
         for finding in check_image(self.image, self.platform, release, guest):

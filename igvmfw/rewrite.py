@@ -18,7 +18,7 @@ from igvmfw.errors import DomainError, RefusedError
 from igvmfw.platforms import Platform
 from igvmfw.select import Choice
 from igvmfw.virt.document import canonical, indent, insert, remove
-from igvmfw.virt.domain import IGVM, Domain, Request, is_request, only, place
+from igvmfw.virt.domain import IGVM, VARIABLES, Domain, Request, is_request, only, place
 from igvmfw.virt.record import File, OnChange, Part, Record, State
 
 # names and aliases of q35 and i440fx machines, Ubuntu's aliases included: the machine types that
@@ -56,7 +56,8 @@ def request_of(domain: Domain) -> Request | None:
 def convert(domain: Domain, path: str | None = None) -> Domain:
     """A domain with bios or efi firmware, or with none, asks for IGVM firmware instead.
 
-    Loader and nvram are kept in the metadata for the way back; firmware features stay wanted.
+    Loader and UEFI variables are kept in the metadata for the way back; firmware features stay
+    wanted.
 
     Args:
         domain: The domain; one that asks for IGVM already keeps its request.
@@ -74,9 +75,9 @@ def convert(domain: Domain, path: str | None = None) -> Domain:
     record = Record.make(result)
     os = result.os
     if current is None or not record.has(Part.BEFORE):
-        only(os.element, "nvram")  # several are not worth keeping
+        _ = os.variables  # several of a kind are not worth keeping
         record.drop(Part.BEFORE)
-        record.take(Part.BEFORE, "loader", "nvram")
+        record.take(Part.BEFORE, "loader", *VARIABLES)
     else:
         _drop_request(result)
     os.element.set("firmware", IGVM)
@@ -115,7 +116,7 @@ def rewrite(
     record = Record.find(result)
     former = None if record is None else record.file
     ours = former is not None
-    _check_machine(result)
+    check_guest(result)
     _check_security(result)
     check_arguments(result, ours=ours)
     asks = is_request(result.os)
@@ -167,12 +168,16 @@ def as_request(domain: Domain) -> Domain:
         return domain
     result = domain.copy()
     record = Record.make(result)
+    chosen = record.chosen
     if record.file is not None:
         remove_arguments(result, record)
         _undo_needs(result, record)
     if is_request(result.os):  # a newer request than the recorded one
         record.drop(Part.REQUEST)
     record.give_back(Part.REQUEST)
+    if chosen and not is_request(result.os):
+        # what is recorded is never acted on by itself: it could have igvmfw read or make any file
+        raise record.damaged()
     record.drop("file", "state")
     if not record.has(Part.BEFORE):
         record.remove()
@@ -206,7 +211,15 @@ def _drop_request(domain: Domain) -> None:
         remove(os.loader.element)
 
 
-def _check_machine(domain: Domain) -> None:
+def check_guest(domain: Domain) -> None:
+    """See that a domain is of a kind that can take an IGVM file.
+
+    Args:
+        domain: Any domain.
+    Raises:
+        RefusedError: Its hypervisor, architecture or machine type takes none.
+        DomainError: It has no `<os>`.
+    """
     os = domain.os
     if domain.type not in ("kvm", "qemu"):
         raise RefusedError(

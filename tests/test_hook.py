@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from igvmfw.errors import DomainError, InputError, RefusedError
+from igvmfw.errors import DomainError, IgvmfwError, InputError, RefusedError
 from igvmfw.launch import Options, prepare
 from igvmfw.machine import check_host
 from igvmfw.platforms import Platform
@@ -93,6 +93,53 @@ def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
         check_start(Domain.parse(text), warn=print)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        # QEMU would take the later one
+        (
+            "</qemu:c",
+            "<qemu:arg value='-object'/><qemu:arg value='igvm-cfg,id=x,file=/x'/></qemu:c",
+            ("names an IGVM file already",),
+        ),
+        (
+            "</qemu:c",
+            "<qemu:arg value='-machine'/><qemu:arg value='igvm-cfg=x'/></qemu:c",
+            ("names an IGVM file already",),
+        ),
+        (
+            "</qemu:c",
+            "<qemu:arg value='-object'/><qemu:arg value='igvm-cfg,id=igvm0,file=/x'/></qemu:c",
+            ("more than once",),
+        ),
+        # or would start without any
+        ("igvm-cfg=igvm0'", "usb=off'", ("which QEMU is not given",)),
+        ("value='-object'", "value='-name'", ("which QEMU is not given",)),
+        (",file=", ",file=/other", ("which QEMU is not given",)),
+        # or refuse it
+        ("</qemu:c", "<qemu:arg value='-bios'/><qemu:arg value='/x'/></qemu:c", ("remove -bios",)),
+        ("<os>", "<os firmware='efi'>", ("guest has firmware='efi' beside", "virsh edit")),
+        (
+            "</os>",
+            "<loader type='pflash'>/x</loader></os>",
+            ("guest has <loader> beside", "virsh edit"),
+        ),
+        ("</os>", "<nvram>/x</nvram></os>", ("guest has <nvram> beside",)),
+        ("</os>", "<varstore/></os>", ("guest has <varstore> beside",)),
+    ],
+)
+def test_what_was_changed_since_is_not_what_was_checked(
+    tmp_path: Path, old: str, new: str, words: tuple[str, ...]
+) -> None:
+    text = rewritten(tmp_path, samples.small()).write().decode()
+    assert text.count(old) == 1
+    with pytest.raises(IgvmfwError) as caught:
+        check_start(Domain.parse(text.replace(old, new).encode()), warn=print)
+    for word in words:
+        assert word in str(caught.value)
+    assert caught.value.hint
+
+
 def test_an_emulator_that_others_can_write_to_is_not_run(tmp_path: Path) -> None:
     domain = rewritten(tmp_path, samples.small())
     (tmp_path / "qemu").chmod(0o777)
@@ -164,6 +211,25 @@ def test_only_what_nobody_else_could_write_is_trusted(tmp_path: Path) -> None:
             os.chown(place, 65534, -1)
             assert not cache.has(KEY)
             os.chown(place, 0, -1)
+
+
+@pytest.mark.parametrize(
+    ("user", "runtime", "expected"),
+    [
+        (0, "/elsewhere", "/run/igvmfw"),
+        (1000, "/run/user/1000", "/run/user/1000/igvmfw"),
+        (1000, None, "/run/user/1000/igvmfw"),  # as libvirt of a session runs a hook
+        (1000, "relative", None),
+    ],
+)
+def test_where_the_cache_is(
+    monkeypatch: pytest.MonkeyPatch, user: int, runtime: str | None, expected: str | None
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    if runtime is not None:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", runtime)
+    assert Cache.of_user() == (None if expected is None else Cache(Path(expected)))
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:

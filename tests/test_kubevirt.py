@@ -201,7 +201,7 @@ def test_the_domain_is_launched_from_the_file(file: Path, volume: Path, platform
         "-object", f"igvm-cfg,id=igvm0,file={file}", "-machine", "igvm-cfg=igvm0",
     )  # fmt: skip
     assert after.os.loader is None
-    assert after.os.nvram is None
+    assert after.os.variables is None
     record = Record.find(after)
     assert record is not None
     assert record.file is not None

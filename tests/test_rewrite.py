@@ -1,6 +1,7 @@
 """Rewriting a domain for unmodified libvirt, and back: only what must change changes."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -204,6 +205,21 @@ def test_an_efi_domain_turns_into_an_igvm_one_and_back(path: str | None) -> None
     assert restore(asking).write() == domains.EFI.encode()
 
 
+@pytest.mark.parametrize(
+    "store", ["<varstore/>", "<varstore template='/usr/share/v.json' path='/var/lib/v.json'/>"]
+)
+def test_variables_that_qemu_itself_keeps_go_with_the_firmware(store: str) -> None:
+    """What libvirt 12 has instead of <nvram> where the firmware is for QEMU's uefi-vars."""
+    text = re.sub("(?s)    <loader.*</nvram>", f"    {store}", domains.EFI)
+    rewritten = rewrite(convert(domain(text)), chosen(Platform.SEV)).domain
+    assert rewritten.os.element.find("varstore") is None
+    assert restore(rewritten).write() == text.encode()
+    beside = domains.REQUEST.replace("    <boot ", f"    {store}\n    <boot ")
+    with pytest.raises(DomainError, match="<varstore> beside IGVM firmware") as caught:
+        rewrite(domain(beside), chosen())
+    assert "--igvm" in str(caught.value)
+
+
 def test_another_file_for_a_domain_that_asks_already() -> None:
     asking = convert(domain(domains.REQUEST), "/first.igvm")
     rewritten = rewrite(asking, chosen(path="/first.igvm")).domain
@@ -391,6 +407,7 @@ def test_a_domain_that_asks_for_nothing() -> None:
         ("index='1'", "index='-1'"),
         ("index='1'", "index='²'"),
         ("measurement='ab", "measurement='xx"),
+        (":request", ":requests"),
     ],
 )
 def test_a_damaged_record_is_one_clear_error(old: str, new: str) -> None:
@@ -442,6 +459,8 @@ def test_libvirts_own_domains(newer: bool, capsys: pytest.CaptureFixture[str]) -
             refused.append(error)
             continue
         rewritten += 1
+        assert after.os.loader is None, file
+        assert after.os.variables is None, file
         assert same(restore(after), before), file
         reread = Domain.parse(after.write())
         assert rewrite(reread, choice).domain is reread, file

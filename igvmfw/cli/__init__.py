@@ -15,10 +15,12 @@ from typing import NamedTuple, NoReturn
 
 from igvmfw import __version__
 from igvmfw.cli import output
+from igvmfw.cli.options import CONNECT
 from igvmfw.errors import IgvmfwError, UsageError
 
 EXIT_INTERNAL = 70  # EX_SOFTWARE of sysexits.h: not one of the contract's answers
 _QUIET = "print no notes and no progress, only results, warnings and errors"
+_CONNECT = "libvirt's URI, here or after the command, for those that ask libvirt"
 _UNSET = argparse.SUPPRESS
 _COLLECT_AFTER = 50_000  # objects
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -88,6 +90,7 @@ def build_parser(
     )
     parser.add_argument("--version", action="version", version=f"igvmfw {__version__}")
     parser.add_argument("-q", "--quiet", action="store_true", help=_QUIET)
+    parser.add_argument(*CONNECT, metavar="URI", help=_CONNECT)
     # with `prog` argparse need not format the usage to find it out, for which it loads much
     groups = parser.add_subparsers(
         prog=parser.prog, dest="command", metavar="COMMAND", required=True
@@ -130,9 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         output.flush()
         return code
     except IgvmfwError as error:
-        for warning in getattr(error, "__notes__", ()):  # what came before it
-            output.warn(" ".join(warning.split()))
-        return _fail(str(error), error.exit_code)
+        output.abandon()
+        output.report(error)
+        return error.exit_code
     except BrokenPipeError:
         # the reader went away (`igvmfw list | head -1`): nothing is left to say, also not at exit
         output.abandon()
@@ -154,11 +157,12 @@ def _run(words: Sequence[str]) -> int:
     parser = build_parser([first], [first]) if first in COMMANDS else build_parser(())
     args = parser.parse_args(words)
     output.set_quiet(args.quiet)
+    if args.connect is not None and "asks_libvirt" not in args:
+        raise UsageError(f"{args.command} asks no libvirt", hint="leave --connect out")
     return load(args.command).run(args)
 
 
 def _fail(message: str, code: int) -> int:
     output.abandon()
-    line = " ".join(output.printable(message).split())
-    output.say(f"igvmfw: error: {line}")
+    output.complain(message)
     return code

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from igvmfw.cli import Command
-from igvmfw.cli.options import root_option
+from igvmfw.cli.options import connect_option, root_option
 from igvmfw.cli.output import (
     emit,
     emit_json,
@@ -50,11 +50,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="only what guests of this platform need: native, sev, sev-es or sev-snp; may be "
         "repeated (default: show all, and count what native guests need)",
     )
-    parser.add_argument(
-        "-c",
-        "--connect",
-        metavar="URI",
-        help=f"libvirt's URI, of this host (default: as virsh's variables say, else {_SYSTEM})",
+    connect_option(
+        parser, f"libvirt's URI, of this host (default: as virsh's variables say, else {_SYSTEM})"
     )
     root_option(parser)
     parser.add_argument("--json", action="store_true", help="one JSON document")

@@ -4,18 +4,15 @@ import argparse
 import contextlib
 import difflib
 import os
-import shlex
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from igvmfw import files
 from igvmfw.cli import Command
+from igvmfw.cli.editor import asks_again, editing
+from igvmfw.cli.options import connect_option, named_argument, optional_value, root_option
 from igvmfw.cli.output import emit, emit_bytes, emit_json, note, warn
-from igvmfw.errors import HostError, IgvmfwError, RefusedError
+from igvmfw.errors import IgvmfwError, RefusedError
 from igvmfw.launch import (
     check_start,
     create,
@@ -34,6 +31,7 @@ from igvmfw.virt.host import Connection, connect
 from igvmfw.virt.record import OnChange
 
 _TAKE_FROM_CATALOGUE = ""
+_DOMAIN = "its name, UUID, or ID where it runs"
 
 
 def _igvm_argument(parser: argparse.ArgumentParser) -> None:
@@ -43,17 +41,11 @@ def _igvm_argument(parser: argparse.ArgumentParser) -> None:
         help="turn a bios or efi domain into an IGVM one first; --igvm alone has the file chosen, "
         "--igvm=PATH names it",
     )
-    _optional_value(parser, "--igvm")
+    optional_value(parser, "--igvm", _TAKE_FROM_CATALOGUE)
 
 
 def _choice_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--root",
-        type=Path,
-        default=Path("/"),
-        metavar="DIR",
-        help="choose among the firmware descriptors and files below DIR",
-    )
+    root_option(parser, "choose among the firmware descriptors and files below DIR")
     parser.add_argument(
         "--no-lock-memory",
         dest="lock_memory",
@@ -68,50 +60,27 @@ def _choice_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _optional_value(parser: argparse.ArgumentParser, option: str) -> None:
-    """Let an option take a value after '=' only, as getopt_long has it.
-
-    argparse would take the next word as the value, `-` for standard input included.
-    """
-    parse = parser.parse_known_args
-
-    def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
-        words = sys.argv[1:] if args is None else args
-        words = [f"{option}={_TAKE_FROM_CATALOGUE}" if word == option else word for word in words]
-        return parse(words, namespace)
-
-    parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
-
-
 def _connect_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-c",
-        "--connect",
-        metavar="URI",
-        help="libvirt's URI, as virsh takes it; also qemu:///embed?root=DIR, which needs no daemon",
+    connect_option(
+        parser,
+        "libvirt's URI, as virsh takes it; also qemu:///embed?root=DIR, which needs no daemon",
     )
 
 
 def _rewrite_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "domain", nargs="?", default=files.STDIN, metavar="DOMAIN", help="an XML file (default: -)"
-    )
-    parser.add_argument("--diff", action="store_true", help="print the difference instead")
-    parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="write to a file")
+    _restore_arguments(parser)
     _igvm_argument(parser)
     _choice_arguments(parser)
-    parser.add_argument(
-        "-c", "--connect", metavar="URI", help="ask this libvirt what its host offers"
-    )
+    connect_option(parser, "ask this libvirt what its host offers")
 
 
 def _rewrite(args: argparse.Namespace) -> int:
     before = _read_domain(args.domain)
     if args.connect is None:
-        rewritten = _prepare(before, args, None)
+        rewritten = _prepare(before, args, None, args.domain)
     else:
         with connect(args.connect) as connection:
-            rewritten = _prepare(before, args, connection)
+            rewritten = _prepare(before, args, connection, args.domain)
     _report(rewritten)
     _print_domain(before, rewritten.domain, args)
     return 0
@@ -137,7 +106,7 @@ def _restore(args: argparse.Namespace) -> int:
 
 def _define_arguments(parser: argparse.ArgumentParser) -> None:
     _connect_arguments(parser)
-    parser.add_argument("file", metavar="FILE", help="the domain's XML; - is standard input")
+    named_argument(parser, "file", "the domain's XML; - is standard input")
     _igvm_argument(parser)
     _choice_arguments(parser)
     parser.add_argument(
@@ -152,7 +121,7 @@ def _define_arguments(parser: argparse.ArgumentParser) -> None:
 def _define(args: argparse.Namespace) -> int:
     domain = _read_domain(args.file)
     with connect(args.connect) as connection:
-        rewritten = _prepare(domain, args, connection)
+        rewritten = _prepare(domain, args, connection, args.file)
         if args.print_xml:
             return _print_xml(rewritten)
         _report(rewritten)
@@ -179,7 +148,7 @@ def _create_arguments(parser: argparse.ArgumentParser) -> None:
 def _create(args: argparse.Namespace) -> int:
     domain = _read_domain(args.file)
     with connect(args.connect) as connection:
-        rewritten = _prepare(domain, args, connection)
+        rewritten = _prepare(domain, args, connection, args.file)
         if args.print_xml:
             return _print_xml(rewritten)
         _report(rewritten)
@@ -190,7 +159,7 @@ def _create(args: argparse.Namespace) -> int:
 
 def _start_arguments(parser: argparse.ArgumentParser) -> None:
     _connect_arguments(parser)
-    parser.add_argument("domain", metavar="DOMAIN", help="its name or UUID")
+    named_argument(parser, "domain", "its name or UUID")
     parser.add_argument("--paused", action="store_true", help="leave the processors stopped")
     parser.add_argument(
         "--bypass-cache", action="store_true", help="avoid the host's cache when loading"
@@ -215,7 +184,7 @@ def _start(args: argparse.Namespace) -> int:
 
 def _edit_arguments(parser: argparse.ArgumentParser) -> None:
     _connect_arguments(parser)
-    parser.add_argument("domain", metavar="DOMAIN", help="its name or UUID")
+    named_argument(parser, "domain", _DOMAIN)
     _choice_arguments(parser)
     parser.set_defaults(igvm=None)
     parser.add_argument(
@@ -224,22 +193,21 @@ def _edit_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _edit(args: argparse.Namespace) -> int:
+    what = f"domain '{args.domain}'"
     with connect(args.connect) as connection:
         stored = fetch(connection, args.domain, inactive=True, security_info=True)
-        shown = as_request(stored).write()
-        with tempfile.NamedTemporaryFile(prefix="igvmfw-", suffix=".xml") as file:
-            file.write(shown)
-            file.flush()
+        with _within(what):
+            shown = as_request(stored).write()
+        with editing(shown, what) as text:
             while True:
-                _run_editor(file.name)
-                edited = files.read_text(file.name, limit=MAX_BYTES)
+                edited = text.edited(limit=MAX_BYTES)
                 if edited == shown:
                     note(f"Domain '{args.domain}' was not changed")
                     return 0
                 try:
                     name = _redefine(connection, args, stored, edited)
                 except IgvmfwError as error:
-                    if not _asks_again(error):
+                    if not asks_again(error):
                         raise
                 else:
                     emit(f"Domain '{name}' edited")
@@ -249,47 +217,22 @@ def _edit(args: argparse.Namespace) -> int:
 def _redefine(
     connection: Connection, args: argparse.Namespace, stored: Domain, edited: bytes
 ) -> str:
+    what = f"domain '{args.domain}'"
     now = fetch(connection, args.domain, inactive=True, security_info=True)
     if now.write() != stored.write():
         raise RefusedError(
-            "somebody else changed the domain meanwhile",
-            where=f"domain '{args.domain}'",
-            hint="edit it again",
+            "somebody else changed the domain meanwhile", where=what, hint="edit it again"
         )
-    former = recorded(stored)
-    if args.on_change is None and former is not None:
-        args.on_change = former.on_change  # the request that was edited does not show it
-    rewritten = _prepare(Domain.parse(edited), args, connection)
+    with _within(what):
+        domain = Domain.parse(edited)
+    rewritten = _prepare(domain, args, connection, what)
     _report(rewritten)
     return _define_checked(connection, rewritten, validate=not args.skip_validate)
 
 
-def _run_editor(path: str) -> None:
-    # virsh's order; a value may have options
-    editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
-    try:
-        done = subprocess.run([*shlex.split(editor), path], check=False)
-    except (OSError, ValueError) as error:
-        raise HostError(
-            f"cannot run the editor: {error}", where=editor, hint="set VISUAL or EDITOR"
-        ) from None
-    if done.returncode:
-        raise HostError(f"the editor failed with exit status {done.returncode}", where=editor)
-
-
-def _asks_again(error: IgvmfwError) -> bool:
-    """Whether the user wants to go on editing what is wrong; nobody is asked in a script."""
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        return False
-    warn(str(error))
-    sys.stderr.write("Edit again? [Y/n] ")
-    sys.stderr.flush()
-    return sys.stdin.readline().strip().lower() in ("", "y", "yes")
-
-
 def _dumpxml_arguments(parser: argparse.ArgumentParser) -> None:
     _connect_arguments(parser)
-    parser.add_argument("domain", metavar="DOMAIN", help="its name or UUID")
+    named_argument(parser, "domain", _DOMAIN)
     parser.add_argument("--inactive", action="store_true", help="what the next start will use")
     parser.add_argument("--security-info", action="store_true", help="with passwords")
     parser.add_argument("--update-cpu", action="store_true", help="with the host's CPU features")
@@ -306,7 +249,8 @@ def _dumpxml(args: argparse.Namespace) -> int:
             update_cpu=args.update_cpu,
             migratable=args.migratable,
         )
-    emit_bytes(as_request(domain).write())
+    with _within(f"domain '{args.domain}'"):
+        emit_bytes(as_request(domain).write())
     state = state_of(domain)
     if state is not None and state.path is not None:
         note(f"the firmware's vTPM keeps its state in {state.path}")
@@ -315,7 +259,7 @@ def _dumpxml(args: argparse.Namespace) -> int:
 
 def _undefine_arguments(parser: argparse.ArgumentParser) -> None:
     _connect_arguments(parser)
-    parser.add_argument("domain", metavar="DOMAIN", help="its name or UUID")
+    named_argument(parser, "domain", _DOMAIN)
     nvram = parser.add_mutually_exclusive_group()
     nvram.add_argument(
         "--nvram",
@@ -324,6 +268,14 @@ def _undefine_arguments(parser: argparse.ArgumentParser) -> None:
         help="remove the file of UEFI variables, and the state of the firmware's vTPM",
     )
     nvram.add_argument("--keep-nvram", dest="nvram", action="store_false", help="keep them")
+    tpm = parser.add_mutually_exclusive_group()
+    tpm.add_argument(
+        "--tpm",
+        action="store_true",
+        default=None,
+        help="remove the state of the TPM that <tpm> has libvirt emulate",
+    )
+    tpm.add_argument("--keep-tpm", dest="tpm", action="store_false", help="keep it")
     parser.add_argument("--managed-save", action="store_true", help="remove a saved state")
     parser.add_argument(
         "--snapshots-metadata", action="store_true", help="remove what is known of snapshots"
@@ -339,6 +291,7 @@ def _undefine(args: argparse.Namespace) -> int:
             connection,
             args.domain,
             nvram=args.nvram,
+            tpm=args.tpm,
             managed_save=args.managed_save,
             snapshots_metadata=args.snapshots_metadata,
             checkpoints_metadata=args.checkpoints_metadata,
@@ -364,9 +317,10 @@ def _within(name: str) -> Iterator[None]:
         raise
 
 
-def _prepare(domain: Domain, args: argparse.Namespace, connection: Connection | None) -> Rewritten:
+def _prepare(
+    domain: Domain, args: argparse.Namespace, connection: Connection | None, name: str
+) -> Rewritten:
     """Choose and rewrite, with what the host of a connection offers."""
-    name = args.domain if "domain" in args else args.file
     with _within(name):
         if args.igvm is not None:
             path = None if args.igvm == _TAKE_FROM_CATALOGUE else os.path.abspath(args.igvm)

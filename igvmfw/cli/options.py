@@ -2,22 +2,73 @@
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from igvmfw import rooted
 from igvmfw.errors import InputError
 
+_ROOT = (
+    "for the guests of another root directory: files are below it, and descriptors name them as "
+    "seen from in there"
+)
 
-def root_option(parser: argparse.ArgumentParser) -> None:
+
+def root_option(parser: argparse.ArgumentParser, text: str = _ROOT) -> None:
     """Declare --root."""
-    parser.add_argument(
-        "--root",
-        type=_root,
-        default=rooted.HOST,
-        metavar="DIR",
-        help="for the guests of another root directory: files are below it, and descriptors name "
-        "them as seen from in there",
-    )
+    parser.add_argument("--root", type=_root, default=rooted.HOST, metavar="DIR", help=text)
+
+
+CONNECT = ("-c", "--connect")
+
+
+def connect_option(parser: argparse.ArgumentParser, text: str) -> None:
+    """Declare --connect, which may stand before the command as well."""
+    parser.add_argument(*CONNECT, metavar="URI", default=argparse.SUPPRESS, help=text)
+    parser.set_defaults(asks_libvirt=True)
+
+
+def named_argument(parser: argparse.ArgumentParser, name: str, text: str) -> None:
+    """Declare what a command is about; as with virsh, its name may stand before it as an option."""
+    parser.add_argument(name, metavar=name.upper(), help=text)
+    option = f"--{name}"
+
+    def change(words: list[str]) -> list[str]:
+        return [word.removeprefix(f"{option}=") for word in words if word != option]
+
+    _change_words(parser, change)
+
+
+def optional_value(parser: argparse.ArgumentParser, option: str, value: str) -> None:
+    """Let an option take a value after '=' only, as getopt_long has it.
+
+    argparse would take the next word as the value, `-` for standard input included.
+
+    Args:
+        parser: A command's.
+        option: The option.
+        value: What it has by itself.
+    """
+
+    def change(words: list[str]) -> list[str]:
+        return [f"{option}={value}" if word == option else word for word in words]
+
+    _change_words(parser, change)
+
+
+def _change_words(
+    parser: argparse.ArgumentParser, change: Callable[[list[str]], list[str]]
+) -> None:
+    """Change a command's words, up to `--`, before they are parsed."""
+    parse = parser.parse_known_args
+
+    def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
+        words = list(args)
+        end = words.index("--") if "--" in words else len(words)
+        return parse(change(words[:end]) + words[end:], namespace)
+
+    parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
 
 
 def _root(text: str) -> Path:

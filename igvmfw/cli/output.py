@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
-from igvmfw.errors import OutputError
+from igvmfw.errors import IgvmfwError, OutputError
 
 _LABEL = re.compile(r"\s*(?:\S+(?: \S+)*\s{2,}|[-*•] )?")
 _MIN_TEXT = 12  # columns that folded text keeps beside its indentation
@@ -161,6 +161,18 @@ def emit_map(memory: "MemoryMap") -> None:
 def warn(message: str) -> None:
     """A warning, on stderr: it never mixes with the result."""
     say(f"igvmfw: warning: {one_line(message)}")
+
+
+def report(error: IgvmfwError) -> None:
+    """An error, on stderr, after the warnings that came before it."""
+    for text in getattr(error, "__notes__", ()):
+        warn(" ".join(text.split()))
+    complain(str(error))
+
+
+def complain(message: str) -> None:
+    """What went wrong, on stderr, in one line."""
+    say(f"igvmfw: error: {' '.join(printable(message).split())}")
 
 
 def note(message: str) -> None:

@@ -4,8 +4,11 @@ import argparse
 import base64
 from typing import Any
 
+from igvmfw import files
 from igvmfw.cli import Command
+from igvmfw.cli.options import connect_option, named_argument
 from igvmfw.cli.output import emit, emit_json, warn
+from igvmfw.errors import UsageError
 from igvmfw.platforms import Platform
 from igvmfw.verify import Measurement, Verification, read_tik, verify
 from igvmfw.virt.host import connect
@@ -17,8 +20,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "0 says that it is verified; 1 that it is not, also where there is nothing to verify with: "
         "no TIK, or SEV-SNP, whose guests are verified by their attestation report."
     )
-    parser.add_argument("domain", metavar="DOMAIN", help="its name or UUID")
-    parser.add_argument("-c", "--connect", metavar="URI", help="libvirt's URI, as virsh takes it")
+    named_argument(parser, "domain", "its name, UUID or ID")
+    connect_option(parser, "libvirt's URI, as virsh takes it")
     parser.add_argument(
         "--tik",
         metavar="FILE",
@@ -41,6 +44,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    if args.tik == args.file == files.STDIN:
+        raise UsageError("--tik and --file cannot both be standard input", hint="name one of them")
     tik = None if args.tik is None else read_tik(args.tik)
     with connect(args.connect) as connection:
         result = verify(connection, args.domain, path=args.file, tik=tik, cpu=args.cpu)

@@ -1,7 +1,7 @@
 """Judging libvirt, emulators, descriptors, hook and confinement."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 
 from igvmfw.doctor import remedies
@@ -150,6 +150,7 @@ def emulator_lines(facts: Facts) -> Iterator[Line]:
         if default is not None and default not in [str(found.path) for found in able]:
             text += f"; libvirt's default does not: <emulator>{path}</emulator> names it"
         yield line(Status.OK, text)
+        yield _sev_launch(able)
         return
     remedy = remedies.igvm_emulator(facts.manager)
     if any(found.emulator is None for found in facts.emulators):
@@ -157,6 +158,32 @@ def emulator_lines(facts: Facts) -> Iterator[Line]:
         return
     text = "no emulator takes IGVM files" if facts.emulators else "there is no emulator"
     yield line(Status.MISSING, text, remedy)
+
+
+def _sev_launch(able: Sequence[Found]) -> Line:
+    """Whether one of those that take IGVM files gets through a launch of SEV and SEV-ES guests."""
+
+    def line(status: Status, text: str, remedy: str | None = None) -> Line:
+        return Line(
+            topic=Topic.EMULATOR,
+            name="sev-launch",
+            status=status,
+            found=text,
+            remedy=remedy,
+            platforms=(Platform.SEV, Platform.SEV_ES),
+        )
+
+    releases = {found.path: found.emulator.acceptance for found in able if found.emulator}
+    for path, release in releases.items():
+        if release.sev_launch:
+            return line(Status.OK, f"{path} launches SEV and SEV-ES guests from an IGVM file")
+    names = ", ".join(sorted({release.name for release in releases.values()}))
+    remedy = "use QEMU 10.1 or 10.2 for these guests, or SEV-SNP"
+    if any(release.sev_launch is None for release in releases.values()):
+        text = f"QEMU 11.0 cannot launch SEV and SEV-ES guests from an IGVM file; of {names} it is "
+        return line(Status.UNKNOWN, f"{text}not known", remedy)
+    text = f"{names} cannot launch SEV and SEV-ES guests from an IGVM file"
+    return line(Status.MISSING, text, remedy)
 
 
 def _emulator(found: Found, other: str | None) -> Line:

@@ -51,6 +51,19 @@ class Emulator:
         """The version as QEMU writes it, such as 10.2.2."""
         return ".".join(map(str, self.version))
 
+    @property
+    def acceptance(self) -> Acceptance:
+        """What it takes of an IGVM file.
+
+        A build that takes IGVM files before QEMU did, such as COCONUT-SVSM's, goes by no release.
+
+        Raises:
+            UsageError: It is too old, and takes none.
+        """
+        if self.igvm and self.version < FIRST_IGVM:
+            return ANY_RELEASE
+        return acceptance_of(self.version)
+
     def require_igvm(self) -> None:
         """Refuse an emulator that cannot take IGVM files.
 
@@ -129,19 +142,18 @@ def host_acceptance(path: Path | None = None) -> Acceptance:
             one the newest release that igvmfw knows.
     Raises:
         EmulatorError: The named one cannot be run, is not QEMU, or takes no IGVM files.
-        UsageError: The named one is too old to take any.
     """
     if path is not None:
         emulator = probe(path)
         emulator.require_igvm()
-        return acceptance_of(emulator.version)
+        return emulator.acceptance
     for candidate in find():
         try:
             emulator = probe(candidate)
         except EmulatorError:
             continue  # not the one to ask; naming it says what is wrong with it
         if emulator.igvm:
-            return acceptance_of(emulator.version)
+            return emulator.acceptance
     return ANY_RELEASE
 
 

@@ -21,6 +21,8 @@ MAX_DEPTH = 256  # elements; libxml2's own bound in the versions libvirt was lon
 _PROLOG = re.compile(r"(?>\s+|<\?(?>.*?\?>)|<!--(?>.*?-->))*", re.DOTALL)
 _DECLARATION = re.compile(r"<\?xml\s[^>]*\?>")
 _ENCODING = re.compile(r"""\sencoding\s*=\s*["']([^"']*)["']""")
+_UTF8 = ("utf-8", "utf8")
+_ASCII = ("us-ascii", "ascii")  # what Python's XML libraries declare unless they are told otherwise
 _TOKEN = re.compile(r"<!--.*?-->|<!\[CDATA\[.*?\]\]>|<\?.*?\?>|<[^>]*>", re.DOTALL)
 _DOUBLE_QUOTED = re.compile(r'="([^"]*)"')
 _FIRST_QUOTE = re.compile(r"""<[^!?>"']*=\s*(["'])""")
@@ -33,6 +35,7 @@ class _Style:
     prolog: str = ""
     single_quotes: bool = True
     final_newline: bool = True
+    ascii: bool = False
 
 
 class Document:
@@ -57,9 +60,10 @@ class Document:
         """Read a document.
 
         Args:
-            data: The text, UTF-8; a byte order mark is taken.
+            data: The text, UTF-8 or declared as ASCII; a byte order mark is taken.
         Raises:
-            DomainError: It is not UTF-8, not well-formed, has a DOCTYPE, or exceeds a bound.
+            DomainError: It has another encoding, is not well-formed, has a DOCTYPE, or exceeds a
+                bound.
         """
         text = _decode(data)
         parser = etree.XMLParser(
@@ -91,6 +95,7 @@ class Document:
             prolog=prolog.group() if prolog else "",
             single_quotes=quote is None or quote.group(1) == "'",
             final_newline=text.endswith("\n"),
+            ascii=_encoding(text).lower() in _ASCII,
         )
         return cls(root.getroottree(), style, data)
 
@@ -100,7 +105,7 @@ class Document:
         return self.tree.getroot()
 
     def write(self) -> bytes:
-        """The document's bytes, UTF-8: the source's own where nothing was changed."""
+        """The document's bytes, encoded as declared: the source's own where nothing was changed."""
         text = self.text()
         return self._source if text == self._pristine else text.encode()
 
@@ -116,7 +121,8 @@ class Document:
         )
         if self._style.single_quotes:
             text = _TOKEN.sub(_requote, text)
-        return f"{self._style.prolog}{text}{chr(10) if self._style.final_newline else ''}"
+        text = f"{self._style.prolog}{text}{chr(10) if self._style.final_newline else ''}"
+        return text.encode("ascii", "xmlcharrefreplace").decode() if self._style.ascii else text
 
 
 def canonical(element: "etree._Element | etree._ElementTree") -> bytes:
@@ -195,18 +201,31 @@ def indent(element: "etree._Element") -> None:
     element[-1].tail = lead
 
 
+def _encoding(text: str) -> str:
+    """What an XML declaration says, without one what it is then."""
+    declaration = _DECLARATION.match(text)
+    stated = _ENCODING.search(declaration.group()) if declaration else None
+    return stated.group(1) if stated else "UTF-8"
+
+
 def _decode(data: bytes) -> str:
     if len(data) > MAX_BYTES:
         raise DomainError(f"larger than {MAX_BYTES} bytes, more than libvirt itself takes")
-    hint = "libvirt's XML is UTF-8; convert it with iconv -t UTF-8"
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DomainError("not UTF-8 text", where=f"byte {error.start}", hint=hint) from None
-    declaration = _DECLARATION.match(text)
-    encoding = _ENCODING.search(declaration.group()) if declaration else None
-    if encoding and encoding.group(1).lower() not in ("utf-8", "utf8"):
-        raise DomainError(f"encoding {encoding.group(1)!r} is not supported", hint=hint)
+        raise DomainError(
+            "not UTF-8 text",
+            where=f"byte {error.start}",
+            hint="libvirt's XML is UTF-8: convert it with iconv -t UTF-8",
+        ) from None
+    name = _encoding(text)
+    if name.lower() not in _UTF8 and not (name.lower() in _ASCII and text.isascii()):
+        raise DomainError(
+            f"encoding {name[:40]!r} is not supported",
+            where="line 1",
+            hint="libvirt's XML is UTF-8: convert it with iconv -t UTF-8, and correct line 1",
+        )
     prolog = _PROLOG.match(text)
     if prolog and text.startswith("<!DOCTYPE", prolog.end()):
         raise DomainError(

@@ -20,6 +20,7 @@ ARGUMENT = f"{{{QEMU_NAMESPACE}}}arg"
 IGVM = "igvm"
 SEV_ES_POLICY = 0x4  # policy bit 2; AMD's SEV API (publication 55766), "Guest Policy Structure"
 
+VARIABLES = ("nvram", "varstore")  # of UEFI: in flash; or, since libvirt 12.1, kept by QEMU itself
 _XML_SPACE = " \t\r\n"
 _HEXADECIMAL = re.compile(r"(0[xX])?0*[0-9a-fA-F]{1,16}")  # as libvirt's schema has it
 # what libvirt itself writes before an element that may have to be made (virDomainDefFormat)
@@ -117,9 +118,10 @@ class Os:
         return None if element is None else Loader(element)
 
     @property
-    def nvram(self) -> "etree._Element | None":
-        """The file of UEFI variables."""
-        return only(self.element, "nvram")
+    def variables(self) -> "etree._Element | None":
+        """Where UEFI variables are kept; libvirt takes one such element alone."""
+        found = (only(self.element, tag) for tag in VARIABLES)
+        return next((element for element in found if element is not None), None)
 
     @property
     def direct_kernel(self) -> bool:
@@ -448,11 +450,12 @@ def _check_request(os: Os) -> None:
             where=place(os.element),
             hint="remove the firmware attribute, or make it 'igvm'",
         )
-    if os.nvram is not None:
+    variables = os.variables
+    if variables is not None:
         raise DomainError(
-            "<nvram> beside IGVM firmware, which has no variable store in a flash device",
-            where=place(os.nvram),
-            hint="remove <nvram>, or let --igvm turn the domain into an IGVM one",
+            f"<{variables.tag}> beside IGVM firmware, which has no such store of UEFI variables",
+            where=place(variables),
+            hint=f"remove <{variables.tag}>, or let --igvm turn the domain into an IGVM one",
         )
     if loader is None:
         return

@@ -8,12 +8,14 @@ one process at a time can have a directory open, and a process one directory in 
 
 import contextlib
 import os
+import re
 import tempfile
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import unquote, urlsplit
 
 from igvmfw.errors import OutputError, UsageError
 
@@ -42,7 +44,7 @@ def root_of(uri: str) -> Path | None:
     """
     try:
         parts = urlsplit(uri)
-        roots = parse_qs(parts.query).get("root", [])
+        roots = [value for name, value in _parameters(parts.query) if name == "root"]
     except ValueError:
         return None  # libvirt says what is wrong with it
     if parts.scheme != "qemu" or parts.netloc or parts.path != "/embed":
@@ -54,6 +56,13 @@ def root_of(uri: str) -> Path | None:
             hint="write qemu:///embed?root=/some/directory",
         )
     return Path(roots[0])
+
+
+def _parameters(query: str) -> Iterator[tuple[str, str]]:
+    """As libvirt reads them (src/util/viruri.c, virURIParseParams): a plus is no space."""
+    for part in re.split("[&;]", query):
+        name, _, value = part.partition("=")
+        yield unquote(name), unquote(value)
 
 
 def prepare(root: Path) -> Path:

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from igvmfw.errors import LibvirtError
+from igvmfw.errors import LibvirtError, OutputError
 from igvmfw.virt import embedded, keeping
 from igvmfw.virt.document import Document
 from igvmfw.virt.domain import Domain
 
 _LOG_VARIABLES = ("LIBVIRT_DEBUG", "LIBVIRT_LOG_FILTERS", "LIBVIRT_LOG_OUTPUTS")
+_ID = re.compile("[0-9]{1,9}")
+_UUID = re.compile("[0-9A-Fa-f]{8}-?([0-9A-Fa-f]{4}-?){3}[0-9A-Fa-f]{12}")
 _CAP_SYS_RESOURCE = 24  # linux/capability.h
 # remedies for what libvirt and QEMU say, by a part of the message
 _REMEDIES = (
@@ -37,8 +39,24 @@ _REMEDIES = (
         "use a shorter directory for the embedded driver: QEMU's sockets lie below it",
     ),
     (
-        r"domain '.*' already exists with uuid",
-        "to define that domain anew, put its <uuid> into the XML; igvmfw dumpxml shows it",
+        r"already exists with uuid",
+        "to define that domain anew, put its <uuid> into the XML, which igvmfw dumpxml shows; to "
+        "change it, use igvmfw edit",
+    ),
+    (
+        r"is already defined with uuid",
+        "to rename that domain, use virsh domrename; for another domain, remove <uuid>",
+    ),
+    (
+        r"cannot undefine domain with nvram",
+        "--nvram removes the file of UEFI variables, --keep-nvram keeps it",
+    ),
+    (r"managed save image exists", "--managed-save removes the saved state, too"),
+    (r"cannot delete inactive domain with \d+ snapshot", "give --snapshots-metadata, too"),
+    (r"cannot delete inactive domain with \d+ checkpoint", "give --checkpoints-metadata, too"),
+    (
+        r"virConnectGetDomainCapabilities",  # not supported by the connection driver
+        "IGVM firmware is for guests of QEMU: give a qemu:// URI with -c",
     ),
     (r"Failed to connect socket", "start libvirtd or virtqemud, or give another URI with -c"),
     (
@@ -47,12 +65,13 @@ _REMEDIES = (
         "this libvirt does not know such a guest: SEV-SNP needs libvirt 10.5 or newer",
     ),
     (
-        r"already exists with uuid",
-        "to change that domain, use igvmfw edit, or put its <uuid> into the XML",
-    ),
-    (
         r"-no-acpi: invalid option",
         "this libvirt is older than this QEMU: put <features><acpi/></features> into the domain",
+    ),
+    (
+        r"End of file while reading|client socket is closed|Cannot recv data: : |Broken pipe",
+        "the connection was lost, perhaps after libvirt had done what it was asked: look with "
+        "virsh list --all before trying again",
     ),
     (r"does not accept value 'igvm-cfg'", "this QEMU has no IGVM: name another in <emulator>"),
     (
@@ -197,16 +216,22 @@ class Connection:
             xml: str = self.native.getCapabilities()
         return keeping.owner(domain, xml)
 
-    def find(self, name: str) -> Any:
-        """A domain by its UUID or name, as virsh finds it.
+    def find(self, name: str, *, by_id: bool = False) -> Any:
+        """A domain by its UUID or name, in the order in which virsh tries them.
 
+        Args:
+            name: The UUID or name.
+            by_id: Take it for the ID of a running domain first.
         Raises:
             LibvirtError: There is none.
         """
         with translated(f"domain '{name}'"):
-            if re.fullmatch(r"[0-9A-Fa-f]{8}-?([0-9A-Fa-f]{4}-?){3}[0-9A-Fa-f]{12}", name):
-                import libvirt
+            import libvirt
 
+            if by_id and _ID.fullmatch(name):
+                with contextlib.suppress(libvirt.libvirtError):
+                    return self.native.lookupByID(int(name))
+            if _UUID.fullmatch(name):
                 with contextlib.suppress(libvirt.libvirtError):
                     return self.native.lookupByUUIDString(name)
             return self.native.lookupByName(name)
@@ -253,16 +278,25 @@ def default_uri() -> str | None:
 def _logging_to(log: Path) -> Iterator[None]:
     """Have libvirt log to a file: without a daemon it would to stderr.
 
-    It reads the variable once, as the library is loaded.
+    It reads the variable once, as the library is loaded, and takes a space for the end of a path.
     """
     if any(os.environ.get(name) for name in _LOG_VARIABLES):
         yield
         return
-    os.environ["LIBVIRT_LOG_OUTPUTS"] = f"3:file:{log}"
+    try:
+        fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write libvirt's own messages: {error.strerror or error}",
+            where=str(log),
+            hint="name a directory that you may write to",
+        ) from None
+    os.environ["LIBVIRT_LOG_OUTPUTS"] = f"3:file:/proc/self/fd/{fd}"
     try:
         yield
     finally:
         del os.environ["LIBVIRT_LOG_OUTPUTS"]
+        os.close(fd)
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ from igvmfw.virt.document import indent, insert, put_back, remove
 from igvmfw.virt.domain import Domain, only, place
 
 NAMESPACE = "urn:igvmfw:domain:1"
-_MAX_TAKEN = 3  # loader, nvram, firmware
+_MAX_TAKEN = 4  # loader, nvram, varstore, firmware
 _HEX = re.compile(r"[0-9a-f]+")
 _SIZE = re.compile(r"[1-9][0-9]{0,15}")
 _POLICY = re.compile(r"0x[0-9a-f]{1,16}")
@@ -237,6 +237,19 @@ class Record:
         """Record the guest policy that igvmfw filled in; None when the domain has its own."""
         _set(self.element, "policy", None if policy is None else f"0x{policy:x}")
 
+    @property
+    def chosen(self) -> bool:
+        """Whether a file, or a place for a vTPM's state, was recorded.
+
+        Raises:
+            DomainError: Someone damaged the record.
+        """
+        return self.file is not None or self.state is not None
+
+    def damaged(self) -> DomainError:
+        """The error of a record that igvmfw cannot have made."""
+        return _damaged(self.element)
+
     def made(self, *names: str) -> None:
         """Record that igvmfw made these elements."""
         known = self.element.get("made", "").split()
@@ -289,11 +302,12 @@ class Record:
         holder = only(self.element, _tag(part))
         if holder is None:
             return
-        if os.firmware is not None or os.loader is not None or os.nvram is not None:
+        if os.firmware is not None or os.loader is not None or os.variables is not None:
             raise DomainError(
                 "other firmware was put into <os> after igvmfw rewrote the domain",
                 where=place(os.element),
-                hint="remove it there, or remove igvmfw's element from <metadata>",
+                hint="remove it there, with virsh edit where libvirt has the domain, or remove "
+                "igvmfw's element from <metadata>",
             )
         elements = holder.findall(_tag("taken"))
         if len(elements) > _MAX_TAKEN:

@@ -151,6 +151,17 @@ def test_efi_becomes_igvm_and_back(
     assert "secure-boot" in err  # asked for, and no descriptor to say so
 
 
+def test_a_relative_root(
+    run: Run, root: Path, xml: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = xml(PLAIN)
+    monkeypatch.chdir(root.parent)
+    assert run("rewrite", "--root", root.name, file) == run("rewrite", "--root", root, file)
+    code, out, err = run("rewrite", "--root", "nowhere", file)
+    assert (code, out) == (3, "")
+    one_line(err, "nowhere: is no directory")
+
+
 def test_igvm_with_a_relative_path(
     run: Run, root: Path, xml: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,6 +300,9 @@ def test_libvirts_errors_are_one_line_with_a_remedy(
     code, out, err = run("start", "-c", TEST_DRIVER, "test")
     assert code == 4
     one_line(err, "already running")
+    code, out, err = run("define", "-c", TEST_DRIVER, xml(domains.BY_PATH))
+    assert (code, out) == (4, "")
+    one_line(err, "IGVM firmware is for guests of QEMU: give a qemu:// URI with -c")
 
 
 def test_the_default_uri_is_virshs(
@@ -301,6 +315,38 @@ def test_the_default_uri_is_virshs(
     monkeypatch.setenv("VIRSH_DEFAULT_CONNECT_URI", "nonsense:///")
     code, _, err = run("start", "test")
     one_line(err, "nonsense")
+
+
+def test_words_stand_where_virsh_takes_them(
+    run: Run, libvirt: None, xml: Callable[[str], Path]
+) -> None:
+    plain = ("dumpxml", "-c", TEST_DRIVER, "test")
+    _, shown, _ = run(*plain)
+    assert "<name>test</name>" in shown
+    for words in (
+        ("-c", TEST_DRIVER, "dumpxml", "test"),
+        (f"--connect={TEST_DRIVER}", "dumpxml", "--domain", "test"),
+        ("-c", "nonsense:///", "dumpxml", "--domain=test", "-c", TEST_DRIVER),
+        ("dumpxml", "-c", TEST_DRIVER, "1"),
+    ):
+        assert run(*words) == (0, shown, ""), words
+    file = xml(
+        "<domain type='test'><name>a</name><memory>8192</memory><os><type>hvm</type></os></domain>"
+    )
+    for option in (["--file", str(file)], [f"--file={file}"]):
+        code, out, _ = run("-c", TEST_DRIVER, "define", *option)
+        assert (code, out) == (0, "Domain 'a' defined\n")
+    for tpm in ("--tpm", "--keep-tpm"):
+        code, out, err = run("-c", TEST_DRIVER, "undefine", tpm, "test")
+        assert code == 4  # passed on: that driver knows no such flag
+        one_line(err, "unsupported flags (0x")
+    # what comes after -- is no option
+    code, _, err = run("dumpxml", "-c", TEST_DRIVER, "--", "--domain")
+    assert code == 4
+    one_line(err, "domain '--domain'")
+    code, out, err = run("-c", TEST_DRIVER, "inspect", file)
+    assert (code, out) == (2, "")
+    one_line(err, "inspect asks no libvirt (leave --connect out)")
 
 
 def test_define_without_igvm_is_virshs_define(

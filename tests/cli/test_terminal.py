@@ -115,7 +115,7 @@ def test_an_interrupt_leaves_nothing(small: Path, tmp_path: Path) -> None:
         seen.start("refresh", "--root", root)
         seen.wait_for(lambda text: BAR.search(text) is not None)
         seen.type(b"\x03")
-        assert seen.wait() == 130
+        assert seen.wait() == 130, seen.text
         assert seen.text.replace("^C", "") in (
             "igvmfw: error: interrupted",
             "\nigvmfw: error: interrupted",

@@ -10,10 +10,11 @@ import pytest
 
 from igvmfw.doctor import remedies
 from igvmfw.doctor.checks import examine
-from igvmfw.doctor.facts import Confinement, Daemon, Facts, Hook, Libvirt, Manager
+from igvmfw.doctor.facts import Confinement, Daemon, Facts, Found, Hook, Libvirt, Manager
 from igvmfw.doctor.gather import gather
 from igvmfw.doctor.line import ALL, Line, Status, Topic, is_fit
 from igvmfw.platforms import Platform
+from igvmfw.qemu.emulator import Emulator
 from igvmfw.virt.host import Capabilities
 from tests.doctor.hosts import write
 from tests.igvm import samples
@@ -118,6 +119,33 @@ def test_what_libvirt_offers(root: Path) -> None:
     assert lines["offers-sev"].status is OK
     assert "cache/libvirt/qemu/capabilities" in str(lines["offers-sev-es"].remedy)
     assert lines["offers-sev-snp"].remedy == "install libvirt 10.5.0 or newer"
+
+
+@pytest.mark.parametrize(
+    ("versions", "status", "words"),
+    [
+        (((10, 2, 2),), OK, "/10.2.2 launches"),
+        (((11, 0, 1), (10, 1, 0)), OK, "/10.1.0 launches"),
+        (((11, 0, 1),), MISSING, "QEMU 11.0 cannot launch"),
+        (((11, 0, 0), (11, 1, 0)), UNKNOWN, "of QEMU 11.0, QEMU 11.1 it is not known"),
+    ],
+)
+def test_emulators_that_cannot_launch_every_guest(
+    root: Path, versions: tuple[tuple[int, int, int], ...], status: Status, words: str
+) -> None:
+    """As `check` and the start of a guest judge them."""
+    found = tuple(
+        Found(path=path, origin="x", emulator=Emulator(path=path, version=version, igvm=True))
+        for version in versions
+        for path in [Path("/") / ".".join(map(str, version))]
+    )
+    facts = replace(facts_of(root), emulators=found)
+    lines = judged(facts, Topic.EMULATOR)
+    assert lines["sev-launch"].status is status
+    assert words in lines["sev-launch"].found
+    for platform in ALL:
+        concerned = platform in (Platform.SEV, Platform.SEV_ES)
+        assert is_fit(list(lines.values()), [platform]) is not (concerned and status is MISSING)
 
 
 NOW = 1_000_000.0

@@ -7,6 +7,7 @@ import pytest
 
 from igvmfw.errors import EmulatorError
 from igvmfw.qemu import emulator
+from igvmfw.qemu.acceptance import ANY_RELEASE
 from tests.parts import need
 
 
@@ -29,6 +30,13 @@ def test_an_emulator_with_igvm(igvm_qemu: Path) -> None:
     assert probed.igvm
     assert probed.version >= emulator.FIRST_IGVM
     probed.require_igvm()
+
+
+def test_a_build_that_takes_igvm_files_before_qemu_did(tmp_path: Path) -> None:
+    """COCONUT-SVSM's QEMU is such a one."""
+    fork = script(tmp_path / "qemu", "echo 'QEMU emulator version 9.1.50'; echo '  file=<string>'")
+    assert emulator.probe(fork).acceptance == ANY_RELEASE
+    assert emulator.host_acceptance(fork) == ANY_RELEASE
 
 
 def test_properties_of_a_machine(igvm_qemu: Path) -> None:

@@ -17,6 +17,7 @@ from igvmfw.virt.record import Record
 from tests.parts import need
 from tests.system.daemons import Daemon
 from tests.system.guests import Result, domain, igvmfw, wrap
+from tests.testbed.cache import CACHE
 from tests.testbed.standin import SevEmulator, make_emulator
 
 HERE_ALONE = pytest.mark.parametrize("running", ["host"], indirect=True)
@@ -155,6 +156,63 @@ def test_on_another_host_is_said_what_cannot_be_checked(
     assert igvmfw("undefine", "-c", remote, "guest").code == 0
 
 
+# a way to another host that is cut at a call, before it gets there or before the answer comes; a
+# call has its length and, as the fourth number, what is called (docs/kbase/internals/rpc.rst)
+CUT = """\
+#!{python}
+import os, select, socket, struct
+there = socket.socket(socket.AF_UNIX)
+there.connect({socket!r})
+sent = b""
+while True:
+    for ready in select.select([0, there], [], [])[0]:
+        if ready is there:
+            os.write(1, there.recv(65536))
+            continue
+        sent += os.read(0, 65536)
+        while len(sent) > 16 and len(sent) >= (size := struct.unpack(">I", sent[:4])[0]):
+            called = struct.unpack(">I", sent[12:16])[0] == {call}
+            if not (called and {before}):
+                there.sendall(sent[:size])
+            if called:
+                raise SystemExit
+            sent = sent[size:]
+"""
+
+
+@HERE_ALONE
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize(
+    ("command", "call"),  # src/remote/remote_protocol.x
+    [("define", 350), ("start", 196), ("undefine", 231), ("dumpxml", 14)],
+)
+def test_a_connection_that_is_lost(
+    daemon: Daemon,
+    igvm_qemu: Path,
+    ovmf: Path,
+    tmp_path: Path,
+    command: str,
+    call: int,
+    before: bool,
+) -> None:
+    file = wrap(ovmf, tmp_path / "ovmf.igvm")
+    xml, relay = tmp_path / "guest.xml", tmp_path / "relay"
+    xml.write_text(domain(igvm_qemu, file))
+    if command != "define":
+        assert igvmfw("define", "-c", daemon.uri, xml).code == 0
+    socket = f"{daemon.root}/run/libvirt/libvirt-sock"
+    values = {"python": sys.executable, "socket": socket, "call": call, "before": before}
+    relay.write_text(CUT.format(**values))
+    relay.chmod(0o755)
+    uri = f"qemu+ext://there.example/system?command={relay}"
+    lost = igvmfw(command, "-c", uri, xml if command == "define" else "guest")
+    assert (lost.code, lost.out) == (4, "")
+    *warnings, said = lost.err.splitlines()
+    assert all(line.startswith("igvmfw: warning: ") for line in warnings)
+    assert said.startswith("igvmfw: error: domain 'guest': ")
+    assert "(the connection was lost, perhaps after libvirt had done" in said
+
+
 @HERE_ALONE
 def test_a_guest_of_another_host_is_verified_with_a_file_of_ones_own(
     daemon: Daemon, remote: str, igvm_qemu: Path, ovmf: Path, tmp_path: Path
@@ -212,7 +270,7 @@ def session() -> Iterator[str]:
 def test_a_users_session(
     session: str, ovmf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As far as the distribution's QEMU goes: no other is where that user may read it."""
+    """With a QEMU that takes no IGVM files, as far as it goes without."""
     emulator = Path("/usr/bin/qemu-system-x86_64")
     need(emulator.exists(), f"the distribution's QEMU ({emulator})")
     file = wrap(ovmf, tmp_path / "ovmf.igvm")
@@ -227,3 +285,52 @@ def test_a_users_session(
     monkeypatch.setenv("VISUAL", "sed -i s/>262144</>327680</")
     assert igvmfw("edit", "guest").out == "Domain 'guest' edited\n"
     assert igvmfw("undefine", "guest").out == "Domain 'guest' has been undefined\n"
+
+
+@pytest.fixture
+def readable() -> Iterator[Path]:
+    """A directory that every user may read."""
+    with tempfile.TemporaryDirectory(prefix="igvmfw-r-", dir="/tmp") as directory:
+        os.chmod(directory, 0o755)
+        yield Path(directory)
+
+
+def test_a_guest_in_a_users_session(
+    session: str, ovmf: Path, igvm_qemu: Path, readable: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulator = readable / igvm_qemu.relative_to(igvm_qemu.parents[1])
+    # the test bed's lies where only its maker may look; a distribution's is too large to copy
+    if igvm_qemu.is_relative_to(CACHE):
+        shutil.copytree(igvm_qemu.parents[1], readable, dirs_exist_ok=True)
+    else:
+        emulator = igvm_qemu
+    file = wrap(ovmf, readable / "ovmf.igvm")
+    xml = readable / "guest.xml"
+    xml.write_text(domain(emulator, file, kind="qemu"))
+    monkeypatch.setenv("LIBVIRT_DEFAULT_URI", session)
+    defined = igvmfw("define", xml)
+    assert defined.code == 0, defined.err
+    assert "will not start" not in defined.err
+    started = igvmfw("start", "--paused", "guest")
+    assert started.code == 0, started.err
+    try:
+        processes = [
+            entry
+            for entry in Path("/proc").glob("[0-9]*")
+            if f"igvm-cfg,id=igvm0,file={file}" in _command(entry)
+        ]
+        (guest,) = processes
+        assert guest.stat().st_uid == pwd.getpwnam("nobody").pw_uid
+        shown = Domain.parse(igvmfw("dumpxml", "guest").out.encode()).request()
+        assert shown is not None
+        assert shown.path == str(file)
+    finally:
+        subprocess.run(["virsh", "-q", "-c", session, "destroy", "guest"], check=True, timeout=60)
+    assert igvmfw("undefine", "guest").code == 0
+
+
+def _command(process: Path) -> str:
+    try:
+        return (process / "cmdline").read_text(errors="replace")
+    except OSError:  # it has ended
+        return ""

@@ -56,8 +56,11 @@ def test_a_guest_whose_file_is_as_chosen_starts(daemon: Daemon, native: Path) ->
 
 
 def test_a_missing_file(daemon: Daemon, native: Path) -> None:
-    native.unlink()
+    kept = native.rename(native.with_suffix(".kept"))
     assert refused(daemon) == f"{native}: cannot read: No such file or directory (check the path)"
+    # a start that was stopped leaves nothing behind
+    kept.rename(native)
+    assert daemon.virsh("start", "--paused", "guest").err == ""
 
 
 def test_a_directory_in_its_place(daemon: Daemon, native: Path) -> None:
@@ -120,6 +123,43 @@ def test_a_file_that_qemu_is_not_given(daemon: Daemon, native: Path) -> None:
     said = refused(daemon)
     assert f"guest records the IGVM file {native}, which QEMU is not given" in said
     assert "define the domain again with igvmfw" in said
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (
+            "</qemu:commandline>",
+            "<qemu:arg value='-object'/><qemu:arg value='igvm-cfg,id=x,file={other}'/>"
+            "<qemu:arg value='-machine'/><qemu:arg value='igvm-cfg=x'/></qemu:commandline>",
+            "igvm-cfg,id=x,file={other} in <qemu:commandline> names an IGVM file already",
+        ),
+        ("igvm-cfg=igvm0", "usb=off", "guest records the IGVM file {file}, which QEMU is not"),
+        (
+            "</type>",
+            "</type><loader readonly='yes' type='pflash'>/usr/share/OVMF/OVMF_CODE_4M.fd</loader>",
+            "<os>: guest has <loader> beside the IGVM file {file}, which QEMU does not take",
+        ),
+    ],
+)
+def test_firmware_that_was_put_in_by_other_means(
+    daemon: Daemon, native: Path, old: str, new: str, words: str
+) -> None:
+    places = {"file": native, "other": native.with_suffix(".other")}
+    text = daemon.virsh("dumpxml", "--inactive", "guest").out
+    assert text.count(old) == 1
+    edited = native.with_name("edited.xml")
+    edited.write_text(text.replace(old, new.format(**places)))
+    assert daemon.virsh("define", edited).err == ""
+    assert words.format(**places) in refused(daemon)
+    if "<loader" in new:
+        for command in ("dumpxml", "edit"):  # what was asked for cannot be shown
+            shown = igvmfw(command, "-c", daemon.uri, "guest")
+            assert (shown.code, shown.out) == (3, "")
+            assert "error: domain 'guest': line " in shown.err
+            assert "other firmware was put into <os>" in shown.err
+            assert "with virsh edit" in shown.err
+    daemon.virsh("undefine", "--nvram", "guest")
 
 
 @HERE_ALONE

@@ -4,6 +4,7 @@ import base64
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import jsonschema
@@ -13,6 +14,7 @@ from igvmfw.igvm.image import IgvmFile
 from igvmfw.igvm.measure import launch_digest
 from igvmfw.platforms import Platform
 from igvmfw.resources import load_schema
+from igvmfw.virt.record import NAMESPACE
 from tests.parts import need
 from tests.system.guests import Result, domain, igvmfw, wrap
 from tests.testbed.standin import API_VERSION, SevEmulator
@@ -102,6 +104,17 @@ def test_yes_and_the_ways_to_no(
     assert document["reasons"] == []
     assert (document["file"], document["digest"]) == (str(copy), record.digest.hex())
 
+    # each from standard input, and both
+    for word, given in (("--tik", sev_emulator.tik), ("--file", file.read_bytes())):
+        others = {"--tik": tik, "--file": file, word: "-"}
+        words = [str(part) for pair in others.items() for part in pair]
+        command = [sys.executable, "-m", "igvmfw", "verify", "-c", uri, *words, "guest"]
+        piped = subprocess.run(command, input=given, capture_output=True, check=False, timeout=60)
+        assert (piped.returncode, piped.stderr) == (0, b""), word
+    both = verify(uri, "--tik", "-", "--file", "-")
+    assert both.code == 2
+    assert "--tik and --file cannot both be standard input" in both.err
+
     # another key
     wrong = tmp_path / "wrong.bin"
     wrong.write_bytes(bytes(16))
@@ -128,6 +141,14 @@ def test_yes_and_the_ways_to_no(
     yes = verify(uri, "--tik", tik)
     assert yes.code == 0
     assert "the file changed since guest was defined, in a part that is not measured" in yes.err
+    # the owner does not depend on what the host has put into the metadata
+    forged = ["--uri", NAMESPACE, "--key", "x", "--set", "<domain><file sha256='x'/></domain>"]
+    put = ["virsh", "-q", "-c", uri, "metadata", "guest", *forged, "--live"]
+    subprocess.run(put, check=True, capture_output=True, timeout=60)
+    damaged = verify(uri, "--tik", tik)
+    assert damaged.code == 3
+    assert "igvmfw's record in <metadata> is damaged" in damaged.err
+    assert verify(uri, "--tik", tik, "--file", copy).code == 0
 
 
 def test_another_count_of_vcpus_is_another_launch(

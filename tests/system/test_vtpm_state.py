@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from igvmfw.qemu import svsmdisk
+from igvmfw.virt.domain import Domain
+from igvmfw.virt.record import NAMESPACE
 from tests.parts import need
 from tests.system.vtpm import SIZE, Host, arguments, domain, emulator, firmware, uuid_in
 
@@ -222,7 +224,7 @@ def test_undefine_that_libvirt_refuses_removes_nothing(host: Host) -> None:
     host.virsh("snapshot-create", "--redefine", "guest", snapshot)
     refused = host.run("undefine", "--nvram", "guest")
     assert refused.code == 4
-    assert "snapshot" in refused.err
+    assert "(give --snapshots-metadata, too)" in refused.err
     assert host.state(ID).exists()
     assert host.run("undefine", "--nvram", "--snapshots-metadata", "guest").code == 0
     assert not host.state(ID).exists()
@@ -269,6 +271,62 @@ def test_a_guest_that_does_not_start_leaves_nothing(host: Host) -> None:
     assert host.run("undefine", "--keep-nvram", "guest").code == 0
     assert host.create(domain(host.qemu, id_=ID, more=argument)).code == 4
     assert host.state(ID).exists()
+
+
+def test_an_interrupt_does_not_take_a_running_guests_state_away(host: Host) -> None:
+    """It is noticed when libvirt has answered, and that is when the guest runs."""
+    pid, qemu, xml = (host.work / name for name in ("pid", "interrupting", "guest.xml"))
+    qemu.write_text(
+        f'#!/bin/sh\ncase "$*" in *guest=guest*) kill -INT $(cat {pid});; esac\n'
+        f'exec {host.qemu} "$@"\n'
+    )
+    qemu.chmod(0o755)
+    xml.write_text(domain(qemu, id_=ID))
+    script = (
+        "import os, signal, sys\n"
+        # what runs in the background may have been told to pass it over
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"open({str(pid)!r}, 'w').write(str(os.getpid()))\n"
+        "from igvmfw.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    words = ["create", "--paused", "-c", host.uri, "--root", str(host.root), str(xml)]
+    command = [sys.executable, "-c", script, *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr.endswith("igvmfw: error: interrupted\n")
+    (disk,) = host.blocks()
+    assert disk["inserted"]["file"] == str(host.state(ID))
+    assert host.state(ID).stat().st_size == SIZE
+
+
+@pytest.mark.parametrize("dropped", ["request", "what is in the request", "request and file"])
+def test_a_record_alone_makes_no_file(host: Host, dropped: str) -> None:
+    """Otherwise a domain's author gets what root alone may read into a guest's disk."""
+    secret, elsewhere, xml = (host.work / name for name in ("secret", "elsewhere", "guest.xml"))
+    secret.write_bytes(b"secret")
+    xml.write_text(domain(host.qemu, id_=ID))
+    made = host.run("define", "--print-xml", "--root", host.root, xml)
+    assert made.code == 0, made.err
+    assert str(host.states) in made.out
+    forged = Domain.parse(made.out.replace(str(host.states), str(elsewhere)).encode())
+    ours = {"igvmfw": NAMESPACE}
+    (record,) = forged.root.iterfind("metadata/igvmfw:domain", ours)
+    (request,) = record.iterfind("igvmfw:request", ours)
+    (file,) = record.iterfind("igvmfw:file", ours)
+    if dropped == "what is in the request":
+        request.clear()
+    else:
+        record.remove(request)
+    if dropped == "request and file":
+        record.remove(file)
+    (state,) = record.iterfind("igvmfw:state", ours)
+    state.set("template", str(secret))
+    text = forged.write().decode()
+    for result in (host.define(text), host.create(text, "--paused")):
+        assert (result.code, result.out) == (3, ""), result.err
+        assert "igvmfw's record in <metadata> is damaged" in result.err
+    assert not elsewhere.exists()
+    assert not host.states.exists()
 
 
 def test_a_start_without_its_state_is_refused(host: Host) -> None:

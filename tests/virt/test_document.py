@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given, settings
@@ -66,6 +67,25 @@ def test_the_sources_quotes_are_kept() -> None:
         assert f"b={quote}1{quote}" in written
         again = etree.fromstring(written)
         assert again[0].get("d") == 'it\'s "e"'
+
+
+def test_what_is_declared_as_ascii_stays_ascii() -> None:
+    root = etree.fromstring(domains.BY_PATH)
+    for data in (
+        etree.tostring(root, xml_declaration=True),
+        ElementTree.tostring(ElementTree.fromstring(domains.BY_PATH), xml_declaration=True),
+    ):
+        assert b"ASCII" in data.upper()
+        document = Document.parse(data)
+        assert document.write() == data
+        name = document.root.find("name")
+        assert name is not None
+        name.text = "Ge\u00e4ndert \U0001f600"
+        written = document.write()
+        assert written.isascii()
+        assert etree.fromstring(written).findtext("name") == name.text
+    with pytest.raises(DomainError, match="line 1: encoding 'ascii' is not supported"):
+        Document.parse("<?xml version='1.0' encoding='ascii'?><a>\u00e4</a>".encode())
 
 
 def test_a_copy_is_independent() -> None:

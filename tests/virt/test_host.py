@@ -85,6 +85,7 @@ def test_a_limit_that_is_none_can_be_lifted(monkeypatch: pytest.MonkeyPatch) -> 
     [
         ("qemu:///embed?root=/a/b", Path("/a/b")),
         ("qemu:///embed?root=/a%20b", Path("/a b")),
+        ("qemu:///embed?x=y;root=/a+b%3bc%26", Path("/a+b;c&")),
         ("qemu:///system", None),
         ("qemu+ssh://host/embed?root=/x", None),
         ("test:///default", None),
