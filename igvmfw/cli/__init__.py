@@ -153,9 +153,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: Sequence[str]) -> int:
-    first = next((word for word in words if not word.startswith("-")), None)
-    parser = build_parser([first], [first]) if first in COMMANDS else build_parser(())
-    args = parser.parse_args(words)
+    named = [word for word in words if word in COMMANDS][:1]
+    # what stands before a command may be an option's value: then argparse says which it is
+    args = build_parser(named, named if words[:1] == named else COMMANDS).parse_args(words)
     output.set_quiet(args.quiet)
     if args.connect is not None and "asks_libvirt" not in args:
         raise UsageError(f"{args.command} asks no libvirt", hint="leave --connect out")
