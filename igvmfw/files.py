@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from igvmfw.errors import InputError, OutputError
+from igvmfw.kinds import kind_of
 
 STDIN = "-"
 MAX_TEXT = 16 << 20  # bytes; no descriptor or domain XML comes near it
@@ -79,7 +80,12 @@ def read_text(path: Path | str, *, limit: int = MAX_TEXT) -> bytes:
         with mapped(path) as view:
             data = bytes(view[: limit + 1])
     if len(data) > limit:
-        raise InputError(f"larger than {limit} bytes", where=str(path))
+        kind = kind_of(data)
+        raise InputError(
+            f"larger than {limit} bytes",
+            where=str(path),
+            hint=f"is it the right file? It is {kind.name}" if kind else "is it the right file?",
+        )
     return data
 
 

@@ -1,6 +1,8 @@
 """Commands on IGVM files themselves: inspect, measure, wrap."""
 
 import argparse
+import contextlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -249,6 +251,7 @@ def _wrap(args: argparse.Namespace) -> int:
     policies = dict(_policy(text, platforms) for text in args.policy)
     if args.firmware == STDIN and args.vars == STDIN:
         raise UsageError("firmware and variable store cannot both be standard input")
+    _keep_inputs(args)
     with progress("wrapping", args.firmware), mapped(args.firmware) as firmware:
         variables = b""
         if args.vars:
@@ -266,6 +269,19 @@ def _wrap(args: argparse.Namespace) -> int:
         write_atomic(Path(args.output), result)
         note(f"wrote {args.output}: {len(result)} bytes for {', '.join(platforms)}")
     return 0
+
+
+def _keep_inputs(args: argparse.Namespace) -> None:
+    """See that the result replaces nothing that it is made of."""
+    for name in (args.firmware, args.vars):
+        if name is None or STDIN in (name, args.output):
+            continue
+        with contextlib.suppress(OSError):  # what is missing is reported where it is used
+            if os.path.samefile(name, args.output):
+                raise UsageError(
+                    f"-o {args.output}: the IGVM file would replace {name}, which it is made of",
+                    hint="give it another name",
+                )
 
 
 def _policy(text: str, platforms: list[Platform]) -> tuple[Platform, int]:

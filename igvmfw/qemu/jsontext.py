@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NoReturn, TypeVar
 
 from igvmfw.errors import DescriptorError
+from igvmfw.kinds import IGVM, JSON, kind_of
 
 MAX_SIZE = 1 << 20  # bytes; libvirt's limit (src/qemu/qemu_firmware.c, DOCUMENT_SIZE)
 MAX_DEPTH = 32  # nested arrays and objects; a descriptor needs 4
@@ -35,8 +36,15 @@ def parse(data: bytes) -> object:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
+        kind = kind_of(data)
+        if kind is None or kind is JSON:
+            raise DescriptorError(
+                "not UTF-8 text", where=f"byte {error.start}", hint="JSON is UTF-8: save it as such"
+            ) from None
         raise DescriptorError(
-            "not UTF-8 text", where=f"byte {error.start}", hint="JSON is UTF-8: save it as such"
+            f"not a descriptor: it is {kind.name}",
+            where="byte 0",
+            hint="'igvmfw describe' makes its descriptor" if kind is IGVM else kind.remedy,
         ) from None
     try:
         document = json.loads(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from lxml import etree
 
 from igvmfw.errors import DomainError
+from igvmfw.kinds import IGVM, XML, kind_of
 
 # libvirt's protocol carries no longer string (VIR_NET_MESSAGE_STRING_MAX, virnetprotocol.x), so
 # no daemon would take a longer document
@@ -202,7 +203,16 @@ def _decode(data: bytes) -> str:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DomainError("not UTF-8 text", where=f"byte {error.start}", hint=hint) from None
+        kind = kind_of(data)
+        if kind is None or kind is XML:
+            raise DomainError("not UTF-8 text", where=f"byte {error.start}", hint=hint) from None
+        raise DomainError(
+            f"not a domain XML: it is {kind.name}",
+            where="byte 0",
+            hint="a domain names its IGVM file in <loader type='igvm'>, or gets it by --igvm=FILE"
+            if kind is IGVM
+            else kind.remedy,
+        ) from None
     declaration = _DECLARATION.match(text)
     encoding = _ENCODING.search(declaration.group()) if declaration else None
     if encoding and encoding.group(1).lower() not in ("utf-8", "utf8"):

@@ -286,3 +286,74 @@ def test_standard_input_is_a_file_too(file: Path) -> None:
         capture_output=True, timeout=60, check=True,
     )  # fmt: skip
     assert b"sev-snp" in done.stdout
+
+
+@pytest.mark.parametrize("which", ["firmware", "variables"])
+def test_wrap_never_replaces_what_it_is_made_of(
+    run: Run, ovmf: Path, which: str, tmp_path: Path
+) -> None:
+    content = ovmf.read_bytes()
+    files = {name: tmp_path / name for name in ("firmware", "variables")}
+    for path in files.values():
+        path.write_bytes(content)
+    link = tmp_path / "link.igvm"
+    link.symlink_to(files[which])
+    for out in (files[which], link):
+        words = ("--vars", files["variables"], "-o", out)
+        code, shown, err = run("wrap", files["firmware"], *words)
+        assert (code, shown) == (2, "")
+        one_line(err, files[which], "another name")
+        assert files[which].read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        (["gzip", "-c"], ("compressed with gzip", "gzip -d")),
+        (["xz", "-c"], ("compressed with xz", "xz -d")),
+        (["bzip2", "-c"], ("compressed with bzip2", "bzip2 -d")),
+    ],
+)
+@pytest.mark.parametrize("command", ["inspect", "check", "measure", "describe"])
+def test_a_compressed_file_is_named_with_what_unpacks_it(
+    command: str, program: list[str], words: tuple[str, ...], run: Run, file: Path, tmp_path: Path
+) -> None:
+    packed = tmp_path / "packed.igvm"
+    with file.open("rb") as source, packed.open("wb") as sink:
+        subprocess.run(program, stdin=source, stdout=sink, check=True, timeout=60)
+    code, out, err = run(command, packed)
+    assert (code, out) == (3, "")
+    one_line(err, packed, "not an IGVM file", *words)
+
+
+def test_other_kinds_of_file_are_named(run: Run, ovmf: Path, tmp_path: Path) -> None:
+    disk, empty, xml = (tmp_path / name for name in ("disk.qcow2", "empty", "guest.xml"))
+    empty.touch()
+    xml.write_text("<domain type='kvm'/>")
+    disk.write_bytes(b"QFI\xfb\0\0\0\3" + bytes(65536))
+    for path, words in (
+        (ovmf, ("a raw UEFI firmware image", "igvmfw wrap")),
+        (disk, ("a qcow2 image", "qemu-img convert")),
+        (empty, ("it is empty",)),
+        (xml, ("it is XML",)),
+        (Path("/bin/sh"), ("an ELF program",)),
+    ):
+        code, out, err = run("inspect", path)
+        assert (code, out) == (3, "")
+        one_line(err, path, "not an IGVM file", *words)
+
+
+def test_an_igvm_file_is_no_domain_and_no_descriptor(
+    run: Run, ovmf: Path, file: Path, tmp_path: Path
+) -> None:
+    large = tmp_path / "large.igvm"
+    assert run("wrap", ovmf, "-o", large)[0] == 0
+    for words, remedy in (
+        (("rewrite", file), "--igvm=FILE"),
+        (("list", "--for", file), "--igvm=FILE"),
+        (("validate", file), "igvmfw describe"),
+        (("validate", large), "is it the right file?"),
+    ):
+        code, out, err = run(*words)
+        assert (code, out) == (3, "")
+        one_line(err, words[-1], "an IGVM file", remedy)
