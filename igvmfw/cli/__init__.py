@@ -61,6 +61,11 @@ COMMANDS = {
 
 
 class _Parser(argparse.ArgumentParser):
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        if action.dest == "command" and value not in COMMANDS:
+            raise UsageError(f"there is no command {value!r}", hint=_meant(str(value), COMMANDS))
+        super()._check_value(action, value)
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, hint=f"see '{self.prog} --help'")
 
@@ -138,9 +143,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(words: Sequence[str]) -> int:
     loaded = [word for word in words if word in COMMANDS][:1]
-    args = build_parser(loaded).parse_args(words)
+    parser = build_parser(loaded)
+    args, rest = parser.parse_known_args(words)
+    if rest:
+        raise UsageError(
+            f"unrecognized arguments: {' '.join(rest)}",
+            hint=f"see '{parser.prog} {args.command} --help'",
+        )
     output.set_quiet(args.quiet)
     return load(args.command).run(args)
+
+
+def _meant(word: str, known: Collection[str]) -> str:
+    """What somebody who mistyped a word may have meant, else where to look."""
+    import difflib
+
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean '{close[0]}'?" if close else "see 'igvmfw --help'"
 
 
 def _fail(message: str, code: int) -> int:

@@ -6,7 +6,8 @@ from typing import Any
 
 from igvmfw.check import LAUNCHED, check_image, refuses
 from igvmfw.cli import Command
-from igvmfw.cli.image import count, platform_word
+from igvmfw.cli.image import count
+from igvmfw.cli.options import one_of
 from igvmfw.cli.output import emit_folded, emit_json
 from igvmfw.errors import IgvmfwError, UsageError
 from igvmfw.files import mapped
@@ -21,7 +22,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="an IGVM file; - is standard input")
     parser.add_argument(
         "--platform",
-        type=platform_word,
+        type=one_of(Platform),
         action="append",
         metavar="P",
         help="the guest's platform; may be repeated (default: every one the file has)",

@@ -14,8 +14,9 @@ from typing import Any
 
 from igvmfw import files
 from igvmfw.cli import Command
+from igvmfw.cli.options import root_option
 from igvmfw.cli.output import emit, emit_bytes, emit_json, note, warn
-from igvmfw.errors import HostError, IgvmfwError, RefusedError
+from igvmfw.errors import HostError, IgvmfwError, RefusedError, UsageError
 from igvmfw.launch import (
     check_start,
     create,
@@ -39,7 +40,7 @@ _TAKE_FROM_CATALOGUE = ""
 def _igvm_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--igvm",
-        metavar="PATH",
+        metavar="[=PATH]",
         help="turn a bios or efi domain into an IGVM one first; --igvm alone has the file chosen, "
         "--igvm=PATH names it",
     )
@@ -47,13 +48,7 @@ def _igvm_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def _choice_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--root",
-        type=Path,
-        default=Path("/"),
-        metavar="DIR",
-        help="choose among the firmware descriptors and files below DIR",
-    )
+    root_option(parser, "choose among the firmware descriptors and files below DIR")
     parser.add_argument(
         "--no-lock-memory",
         dest="lock_memory",
@@ -76,9 +71,15 @@ def _optional_value(parser: argparse.ArgumentParser, option: str) -> None:
     parse = parser.parse_known_args
 
     def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
-        words = sys.argv[1:] if args is None else args
-        words = [f"{option}={_TAKE_FROM_CATALOGUE}" if word == option else word for word in words]
-        return parse(words, namespace)
+        given = sys.argv[1:] if args is None else args
+        words = [f"{option}={_TAKE_FROM_CATALOGUE}" if word == option else word for word in given]
+        parsed, rest = parse(words, namespace)
+        if rest and option in given:
+            raise UsageError(
+                f"one argument too many: {' '.join(rest)}",
+                hint=f"a file for {option} is joined to it by '=': {option}=PATH",
+            )
+        return parsed, rest
 
     parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
 

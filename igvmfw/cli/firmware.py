@@ -9,7 +9,7 @@ from typing import Any
 
 from igvmfw import files
 from igvmfw.cli import Command
-from igvmfw.cli.options import root_option
+from igvmfw.cli.options import one_of, root_option
 from igvmfw.cli.output import emit, emit_json, note, warn
 from igvmfw.cli.progress import progress
 from igvmfw.describe import Description, Stated
@@ -53,7 +53,7 @@ def _describe_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE", help="an IGVM file")
     parser.add_argument(
         "--profile",
-        type=Profile,
+        type=one_of(Profile),
         choices=tuple(Profile),
         default=Profile.IGVMFW,
         metavar="PROFILE",
@@ -148,7 +148,7 @@ def _validate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--profile",
-        type=Profile,
+        type=one_of(Profile),
         choices=tuple(Profile),
         default=Profile.IGVMFW,
         metavar="PROFILE",
@@ -227,7 +227,7 @@ def _place_options(parser: argparse.ArgumentParser) -> None:
 def _into_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--into",
-        type=Into,
+        type=one_of(Into),
         choices=tuple(Into),
         default=Into.AUTO,
         metavar="WHOSE",
@@ -333,7 +333,7 @@ def _refresh_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--profile",
-        type=Profile,
+        type=one_of(Profile),
         choices=tuple(Profile),
         default=Profile.IGVMFW,
         metavar="PROFILE",

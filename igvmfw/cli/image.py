@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from igvmfw.cli import Command
+from igvmfw.cli.options import one_of
 from igvmfw.cli.output import emit, emit_bytes, emit_folded, emit_json, emit_map, note, warn
 from igvmfw.cli.progress import progress
 from igvmfw.errors import IgvmfwError, OutputError, UsageError
@@ -118,7 +119,7 @@ def _measure_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="an IGVM file; - is standard input")
     parser.add_argument(
         "--platform",
-        type=platform_word,
+        type=one_of(Platform),
         metavar="P",
         help="sev, sev-es, sev-snp, tdx or vsm; may be left out where the file has one of the "
         "first three, or of the last two alone",
@@ -220,7 +221,7 @@ def _wrap_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help="the IGVM file")
     parser.add_argument(
         "--platform",
-        type=platform_word,
+        type=one_of(Platform),
         action="append",
         metavar="P",
         help="native, sev, sev-es or sev-snp; may be repeated (default: native)",
@@ -300,17 +301,11 @@ def _policy(text: str, platforms: list[Platform]) -> tuple[Platform, int]:
         ) from None
     if not 0 <= value < 1 << 64:
         raise UsageError(f"--policy {text}: the policy has 64 bits")
-    return (platform_word(name) if name else protected[0]), value
-
-
-def platform_word(text: str) -> Platform:
-    """An argument that names a platform."""
-    try:
-        return Platform(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"unknown platform {text!r}; known: {', '.join(Platform)}"
-        ) from None
+    if name and name not in tuple(Platform):
+        raise UsageError(
+            f"--policy {text}: {name!r} is no platform", hint=f"one of {', '.join(platforms)}"
+        )
+    return (Platform(name) if name else protected[0]), value
 
 
 def count(text: str) -> int:

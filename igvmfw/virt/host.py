@@ -40,6 +40,7 @@ _REMEDIES = (
         r"domain '.*' already exists with uuid",
         "to define that domain anew, put its <uuid> into the XML; igvmfw dumpxml shows it",
     ),
+    (r"^Domain not found", "virsh list --all shows those there are; is it another URI's (-c)?"),
     (r"Failed to connect socket", "start libvirtd or virtqemud, or give another URI with -c"),
     (
         # as it is read, and as the schema has it, which names no value

@@ -465,7 +465,10 @@ def test_list_filters(run: Run, root: Path) -> None:
         code, out, err = run("list", "--root", root, *words)
         assert code == (0 if shown else 1)
         assert ("65-ovmf-sev.json" in out) is shown
-        assert ("no IGVM firmware found" in err) is not shown
+        assert ("no IGVM firmware has all that was asked for" in err) is not shown
+    code, _, err = run("list", "--root", root / "usr")
+    assert code == 1
+    assert "no IGVM firmware found; 'igvmfw install FILE' adds some" in err
     code, _, err = run("list", "--platform", "s390")
     assert code == 2
     one_line(err, "not one of native, sev")
@@ -510,7 +513,7 @@ def test_list_for_a_domain_that_gets_none(run: Run, root: Path, tmp_path: Path) 
     snp = "<launchSecurity type='sev-snp'><policy>0x30000</policy></launchSecurity>"
     code, out, err = run("list", "--root", root, "--for", domain(tmp_path / "a", security=snp))
     assert (code, out) == (1, "  65-ovmf-sev.json: lacks the feature amd-sev-snp\n")
-    assert "no descriptor matches" in err
+    assert "no descriptor matches the domain; 'igvmfw install FILE' adds one" in err
     code, out, _ = run("list", "--root", root, "--for", domain(tmp_path / "a", "microvm"))
     assert code == 1
     assert "takes the machine types pc-q35-*, pc-i440fx-*, not microvm" in out
