@@ -11,7 +11,14 @@ from igvmfw.igvm.ovmf import TDX_METADATA_GUID, OvmfTables, SectionKind
 from igvmfw.igvm.payload import Payload
 from igvmfw.igvm.rules import AnyHeader
 from igvmfw.igvm.spec import PageDataFlags, PageDataType, PlatformType, type_name
-from igvmfw.igvm.summary import RESET_ENTRY, Summary, context_registers, data_size, summarize
+from igvmfw.igvm.summary import (
+    RESET_ENTRY,
+    Summary,
+    context_registers,
+    data_size,
+    entries_text,
+    summarize,
+)
 from igvmfw.platforms import Platform
 
 _Masks = tuple[tuple[Platform, int], ...]  # a file's platforms with their compatibility masks
@@ -189,8 +196,8 @@ def _summary_lines(summary: Summary) -> Iterator[str]:
         yield f"    parameters   {', '.join(summary.parameters)}"
     if not summary.contexts:
         yield f"    entry        {RESET_ENTRY}"
-    for context in summary.contexts:
-        yield f"    entry        vCPU {context.vp_index}: {context.entry}"
+    for line in entries_text(summary.contexts):
+        yield f"    entry        {line}"
 
 
 def page_runs(image: IgvmFile) -> Iterator[str]:

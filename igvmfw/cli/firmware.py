@@ -10,7 +10,7 @@ from typing import Any
 from igvmfw import files
 from igvmfw.cli import Command
 from igvmfw.cli.options import one_of, root_option
-from igvmfw.cli.output import emit, emit_json, note, warn
+from igvmfw.cli.output import emit, emit_json, is_quiet, note, warn
 from igvmfw.cli.progress import progress
 from igvmfw.describe import Description, Stated
 from igvmfw.description import describe_file
@@ -377,7 +377,8 @@ def _refresh(args: argparse.Namespace) -> int:
         warn(str(problem))
     if place.note is not None and any(a.kind is Kind.WRITE for a in done.actions):
         note(place.note)
-    _report(done.actions, args, done.problems)
+    changes = [action for action in done.actions if action.kind is not Kind.UNCHANGED]
+    _report(changes if is_quiet() and not args.json else done.actions, args, done.problems)
     # a file that needs a word from a person, or is for no QEMU, is no failure of this run
     return max((p.exit_code for p in done.problems if isinstance(p, InputError)), default=0)
 

@@ -347,6 +347,10 @@ def test_refresh(run: Run, root: Path) -> None:
     path = root / "usr/share/qemu/firmware/70-igvm-ovmf-sev.json"
     reason = "/usr/share/igvm/ovmf-sev.igvm is new"
     assert (code, out, err) == (0, f"written    {path}  ({reason})\n", "")
+    assert run("refresh", "--root", root)[1].startswith(f"unchanged  {path}  (")
+    assert run("refresh", "--quiet", "--root", root) == (0, "", "")  # only what changed
+    document = checked(run("refresh", "--quiet", "--json", "--root", root)[1], "install")
+    assert [action["action"] for action in document["actions"]] == ["unchanged"]
     file_in(root).write_bytes(file_in(root).read_bytes()[:-4096])
     code, out, err = run("refresh", "--root", root)
     assert code == 3

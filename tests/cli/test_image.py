@@ -326,6 +326,16 @@ def test_a_compressed_file_is_named_with_what_unpacks_it(
     one_line(err, packed, "not an IGVM file", *words)
 
 
+def test_processors_that_start_alike_share_a_line(run: Run, ovmf: Path, tmp_path: Path) -> None:
+    file = tmp_path / "many.igvm"
+    assert run("wrap", ovmf, "-o", file, "--platform", "sev-es", "--vcpus", "64")[0] == 0
+    code, out, _ = run("inspect", "--map", "-", file)
+    assert code == 0
+    starts = [line.split(maxsplit=1)[1] for line in out.splitlines() if "    entry " in line]
+    assert [start.split(":")[0] for start in starts] == ["vCPU 0", "vCPUs 1 to 63"]
+    assert "VMSA of vCPUs 0 to 63" in out
+
+
 def test_other_kinds_of_file_are_named(run: Run, ovmf: Path, tmp_path: Path) -> None:
     disk, empty, xml = (tmp_path / name for name in ("disk.qcow2", "empty", "guest.xml"))
     empty.touch()
