@@ -66,4 +66,6 @@ def describe_file(
                 tags=(*tags, identity.tag()),
             )
     except IgvmfwError as error:
+        if error.where == os.path.abspath(path):  # the same file once more
+            error.where = None
         raise error if (error.where or "").startswith(path) else error.within(path) from None

@@ -272,7 +272,9 @@ def _run_editor(path: str) -> None:
         done = subprocess.run([*shlex.split(editor), path], check=False)
     except (OSError, ValueError) as error:
         raise HostError(
-            f"cannot run the editor: {error}", where=editor, hint="set VISUAL or EDITOR"
+            f"cannot run the editor: {getattr(error, 'strerror', None) or error}",
+            where=editor,
+            hint="set VISUAL or EDITOR",
         ) from None
     if done.returncode:
         raise HostError(f"the editor failed with exit status {done.returncode}", where=editor)

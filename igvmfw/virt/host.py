@@ -41,6 +41,7 @@ _REMEDIES = (
         "to define that domain anew, put its <uuid> into the XML; igvmfw dumpxml shows it",
     ),
     (r"^Domain not found", "virsh list --all shows those there are; is it another URI's (-c)?"),
+    (r"Cannot check QEMU binary", "name a QEMU that is there in the domain's <emulator>"),
     (r"Failed to connect socket", "start libvirtd or virtqemud, or give another URI with -c"),
     (
         # as it is read, and as the schema has it, which names no value

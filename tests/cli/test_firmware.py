@@ -342,6 +342,17 @@ def test_uninstall_keeps_what_is_not_igvmfws(run: Run, root: Path) -> None:
 # refresh
 
 
+def test_a_missing_file_is_named_once(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("nowhere.igvm", f"{tmp_path}/nowhere.igvm"):
+        for command in ("describe", "install"):
+            code, _, err = run(command, name)
+            assert code == 3
+            assert err.startswith(f"igvmfw: error: {name}: cannot read: No such file")
+
+
 def test_refresh(run: Run, root: Path) -> None:
     code, out, err = run("refresh", "--root", root)
     path = root / "usr/share/qemu/firmware/70-igvm-ovmf-sev.json"
