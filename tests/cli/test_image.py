@@ -6,7 +6,6 @@ import os
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +13,11 @@ import jsonschema
 import pytest
 from sevsnpmeasure.ovmf import OVMF
 
-from igvmfw.cli import main
 from igvmfw.igvm.headers import PageData
 from igvmfw.igvm.image import IgvmFile
 from igvmfw.platforms import Platform
+from tests.cli.commands import Run, one_line
 from tests.igvm import samples
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*words: str | Path) -> tuple[int, str, str]:
-        code = main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 @pytest.fixture
@@ -40,14 +27,6 @@ def file(tmp_path: Path) -> Path:
         samples.small(Platform.NATIVE, Platform.SEV, Platform.SEV_ES, Platform.SEV_SNP)
     )
     return path
-
-
-def one_line(err: str, *words: str | Path) -> None:
-    assert err.startswith("igvmfw: error: ")
-    assert err.count("\n") == 1
-    assert "Traceback" not in err
-    for word in words:
-        assert str(word) in err
 
 
 def test_inspect_tells_people_what_is_inside(run: Run, file: Path) -> None:
