@@ -90,7 +90,10 @@ def build_parser(loaded: Collection[str] = tuple(COMMANDS)) -> argparse.Argument
     )
     for name, listed in COMMANDS.items():
         sub = groups.add_parser(
-            name, help=listed.help, description=listed.help + ".", allow_abbrev=False
+            name,
+            help=listed.help,
+            description=f"{listed.help[0].upper()}{listed.help[1:]}.",
+            allow_abbrev=False,
         )
         # before the command or after it, as people remember it; the default is the one above
         sub.add_argument("-q", "--quiet", action="store_true", default=_UNSET, help=_QUIET)
