@@ -73,7 +73,7 @@ def _vmsa(image: IgvmFile, header: VpContext, platform: Platform) -> Iterator[Re
         )
     vmsa = Vmsa.parse(image.data_of(header))
     snp = platform is Platform.SEV_SNP
-    yield from _features(vmsa["sev_features"], platform)
+    yield from _features(vmsa.register("sev_features"), platform)
     unsynchronised = _unsynchronised(vmsa)
     if unsynchronised:
         yield error(
@@ -82,7 +82,7 @@ def _vmsa(image: IgvmFile, header: VpContext, platform: Platform) -> Iterator[Re
             "rebuild the image without them",
         )
         return
-    measured = as_kvm_measures(vmsa, platform, vmsa["sev_features"])
+    measured = as_kvm_measures(vmsa, platform, vmsa.register("sev_features"))
     before, after = vmsa.registers(), measured.registers()
     changed = [name for name in VMSA_FIELDS if before.get(name) != after.get(name)]
     if not snp:  # KVM leaves the FPU out of every SEV-ES guest's VMSA

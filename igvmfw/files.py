@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from igvmfw.errors import InputError, OutputError
-from igvmfw.kinds import kind_of
 
 STDIN = "-"
 MAX_TEXT = 16 << 20  # bytes; no descriptor or domain XML comes near it
@@ -80,6 +79,8 @@ def read_text(path: Path | str, *, limit: int = MAX_TEXT) -> bytes:
         with mapped(path) as view:
             data = bytes(view[: limit + 1])
     if len(data) > limit:
+        from igvmfw.kinds import kind_of  # only what goes wrong has to pay for it
+
         kind = kind_of(data)
         raise InputError(
             f"larger than {limit} bytes",

@@ -1,6 +1,5 @@
 """IGVM files as a whole: read from a path, and summed up."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from igvmfw import files
@@ -8,10 +7,10 @@ from igvmfw.errors import IgvmError, IgvmfwError
 from igvmfw.igvm.image import IgvmFile
 from igvmfw.igvm.payload import Payload, identify
 from igvmfw.igvm.summary import Summary, summarize
+from igvmfw.records import Record
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Inspection:
+class Inspection(Record):
     """What is inside an IGVM file.
 
     Attributes:

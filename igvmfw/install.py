@@ -18,7 +18,6 @@ import glob
 import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from igvmfw.errors import DescriptorError, InputError, OutputError, RefusedError
 from igvmfw.provenance import Writer, is_untouched, sealed
 from igvmfw.qemu import catalog, jsontext
 from igvmfw.qemu.descriptor import Descriptor
+from igvmfw.records import Record
 
 FIRST_TOLERANT_LIBVIRT = (10, 7, 0)
 DEFAULT_PRIORITY = 65  # after the distributions' own (30 to 60), before what `refresh` writes
@@ -63,8 +63,7 @@ class Kind(StrEnum):
     KEEP = "keep"  # it would be replaced or removed, were it igvmfw's
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Action:
+class Action(Record):
     """What happens to one file, and why.
 
     Attributes:
@@ -80,8 +79,7 @@ class Action:
     data: bytes | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class Place(Record):
     """A directory for descriptors.
 
     Attributes:

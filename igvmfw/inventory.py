@@ -5,7 +5,6 @@ Files are opened and read here; a file that cannot be read becomes a state, neve
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from igvmfw.platforms import Platform
 from igvmfw.provenance import FileIdentity, described_file
 from igvmfw.qemu.catalog import Catalog, Entry
 from igvmfw.qemu.descriptor import PLATFORM_FEATURES, Descriptor, Device
+from igvmfw.records import Record
 
 
 class FileState(StrEnum):
@@ -29,8 +29,7 @@ class FileState(StrEnum):
     CHANGED = "changed"  # not the one that was described
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class Row(Record):
     """A descriptor file and its IGVM file.
 
     Attributes:

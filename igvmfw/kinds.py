@@ -1,12 +1,11 @@
 """What a file is instead of the kind that was asked for: the mistakes of a long day, by name."""
 
-from dataclasses import dataclass
+from igvmfw.records import Record
 
 _VOLUME = 40  # bytes to the signature of a UEFI firmware volume: EFI_FIRMWARE_VOLUME_HEADER
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Kind:
+class Kind(Record):
     """A kind of file.
 
     Attributes:

@@ -10,7 +10,6 @@ that keeps its vTPM's state, its feature `cocoonfs`, is off by default and told 
 """
 
 import functools
-from dataclasses import replace
 
 from igvmfw.describe import SVSM, Stated
 from igvmfw.errors import UsageError
@@ -49,7 +48,7 @@ def load(name: str, datadir: str = DATADIR) -> Descriptor:
     if not isinstance(mapping, IgvmMapping):
         raise UsageError(f"the preset {name!r} is of no IGVM file")
     filename = mapping.filename.replace(_VARIABLE, datadir.rstrip("/"))
-    return replace(template, mapping=replace(mapping, filename=filename))
+    return template.replace(mapping=mapping.replace(filename=filename))
 
 
 def find(filename: str, datadir: str = DATADIR) -> Descriptor | None:

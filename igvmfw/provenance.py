@@ -14,11 +14,11 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Self
 
 from igvmfw.qemu.descriptor import Descriptor
+from igvmfw.records import Record
 
 _FILE = re.compile(r"igvmfw-file=sha256:([0-9a-f]{64}),size:(\d{1,20})(?:,mtime:(-?\d{1,20}))?")
 _SEAL = re.compile(r"igvmfw-seal=(install|refresh),sha256:([0-9a-f]{64})")
@@ -31,8 +31,7 @@ class Writer(StrEnum):
     REFRESH = "refresh"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FileIdentity:
+class FileIdentity(Record):
     """An IGVM file as it was when it was described.
 
     Attributes:
@@ -84,7 +83,7 @@ def described_file(descriptor: Descriptor) -> FileIdentity | None:
 def sealed(descriptor: Descriptor, writer: Writer) -> Descriptor:
     """The descriptor with its seal as the last tag."""
     plain = _without_seal(descriptor)
-    return replace(plain, tags=(*plain.tags, f"igvmfw-seal={writer},sha256:{_digest(plain)}"))
+    return plain.replace(tags=(*plain.tags, f"igvmfw-seal={writer},sha256:{_digest(plain)}"))
 
 
 def find_writer(descriptor: Descriptor) -> Writer | None:
@@ -101,7 +100,7 @@ def is_untouched(descriptor: Descriptor) -> bool:
 
 def _without_seal(descriptor: Descriptor) -> Descriptor:
     tags = tuple(tag for tag in descriptor.tags if not _SEAL.fullmatch(tag))
-    return replace(descriptor, tags=tags)
+    return descriptor.replace(tags=tags)
 
 
 def _digest(descriptor: Descriptor) -> str:

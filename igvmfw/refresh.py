@@ -10,7 +10,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeGuard
 
@@ -134,7 +134,7 @@ def _same_level(place: Place) -> tuple[Place, ...]:
     """The same level's directory of the other program."""
     base = place.directory.parents[1]
     both = (base / catalog.QEMU_DIRECTORY, base / catalog.OWN_DIRECTORY)
-    return tuple(replace(place, directory=d) for d in both if d != place.directory)
+    return tuple(place.replace(directory=d) for d in both if d != place.directory)
 
 
 def _find_files(

@@ -10,7 +10,14 @@ from igvmfw.igvm.image import IgvmFile
 from igvmfw.igvm.ovmf import TDX_METADATA_GUID, OvmfTables, SectionKind
 from igvmfw.igvm.payload import Payload
 from igvmfw.igvm.rules import AnyHeader
-from igvmfw.igvm.spec import PageDataFlags, PageDataType, PlatformType, type_name
+from igvmfw.igvm.spec import (
+    PageDataFlags,
+    PageDataType,
+    PlatformType,
+    Section,
+    section_of,
+    type_name,
+)
 from igvmfw.igvm.summary import (
     RESET_ENTRY,
     Summary,
@@ -42,7 +49,7 @@ def header_dict(image: IgvmFile, header: AnyHeader) -> dict[str, Any]:
     if isinstance(header, RawHeader):
         return {"type": type_name(header.type), "body": header.body.hex()}
     fields: dict[str, Any] = {"type": type_name(header.type)}
-    for name, value in header.to_dict().items():
+    for name, value in header.fields().items():
         fields[name] = _value(name, value)
     try:
         size = data_size(image, header)
@@ -88,7 +95,10 @@ def inspection(
 
 def _directive_counts(image: IgvmFile) -> Counter[str]:
     """How many directives there are of each type, by name."""
-    counts = Counter(header.type for header in image.directives)
+    counts: Counter[int] = Counter()
+    if image.pages:  # thousands, known already
+        counts[PageData.TYPE] = len(image.pages)
+    counts.update(h.type for h in image.others if section_of(h.type) is Section.DIRECTIVE)
     return Counter({type_name(kind): count for kind, count in counts.items()})
 
 
@@ -251,7 +261,7 @@ def _directive_line(masks: _Masks, header: AnyHeader) -> str:
         return f"    {type_name(header.type)}  {len(header.body)} bytes"
     fields = [
         f"{name} 0x{value:x}"
-        for name, value in header.to_dict().items()
+        for name, value in header.fields().items()
         if isinstance(value, int) and name not in ("compatibility_mask", "reserved", "file_offset")
     ]
     mask = getattr(header, "compatibility_mask", None)

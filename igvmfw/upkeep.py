@@ -3,7 +3,7 @@
 import contextlib
 import os
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from igvmfw import cocoonfs, rooted, state, statefile
@@ -49,7 +49,7 @@ def plan_for(
     """
     if storage.template is not None:
         template = rooted.resolve(where.root, storage.template)
-        storage = replace(storage, template=str(template))
+        storage = storage.replace(template=str(template))
     if domain.uuid is None:
         domain = domain.copy()
         domain.add_uuid(where.uuid or str(uuid.uuid4()))

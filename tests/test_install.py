@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,11 +71,11 @@ def test_seals_hold_until_something_is_edited() -> None:
     # a reader that formats it anew changes nothing
     assert is_untouched(Descriptor.parse(json.dumps(ours.to_dict(), indent=1).encode()))
     edits = [
-        replace(ours, description="mine"),
-        replace(ours, features=()),
-        replace(ours, tags=(*ours.tags, "note")),
-        replace(ours, extra={"x-note": 1}),
-        replace(ours, tags=(*ours.tags, ours.tags[-1])),
+        ours.replace(description="mine"),
+        ours.replace(features=()),
+        ours.replace(tags=(*ours.tags, "note")),
+        ours.replace(extra={"x-note": 1}),
+        ours.replace(tags=(*ours.tags, ours.tags[-1])),
     ]
     assert not any(is_untouched(edited) for edited in edits)
 
@@ -86,11 +85,11 @@ def test_the_identity_of_the_file_survives_in_a_tag(tmp_path: Path) -> None:
     path.write_bytes(b"content")
     for info in (None, path.stat()):
         identity = FileIdentity.of(b"content", info)
-        tagged = replace(descriptor(), tags=("other", identity.tag()))
+        tagged = descriptor().replace(tags=("other", identity.tag()))
         assert described_file(tagged) == identity
         assert identity.looks_like(path.stat()) is (info is not None)
     assert described_file(descriptor()) is None
-    assert described_file(replace(descriptor(), tags=("igvmfw-file=sha256:xyz,size:1",))) is None
+    assert described_file(descriptor().replace(tags=("igvmfw-file=sha256:xyz,size:1",))) is None
 
 
 @pytest.mark.parametrize(
@@ -160,7 +159,7 @@ def test_install_update_uninstall(place: Place) -> None:
     path = place.directory / "65-a.json"
     assert install(place, "65-a.json", descriptor()).kind is Kind.WRITE
     installed = Descriptor.parse(path.read_bytes())
-    assert replace(installed, tags=installed.tags[:-1]) == descriptor()
+    assert installed.replace(tags=installed.tags[:-1]) == descriptor()
     assert path.stat().st_mode & 0o777 == 0o644
     before = path.stat()
     assert install(place, "65-a.json", descriptor()).kind is Kind.UNCHANGED
@@ -181,7 +180,7 @@ def test_install_update_uninstall(place: Place) -> None:
         (b"x" * (2 << 20), "cannot be read"),
         (descriptor().write(), "was not written by igvmfw"),
         (
-            replace(sealed(descriptor(), Writer.INSTALL), description="mine").write(),
+            sealed(descriptor(), Writer.INSTALL).replace(description="mine").write(),
             "was edited since",
         ),
     ],

@@ -73,8 +73,15 @@ class _Parser(argparse.ArgumentParser):
         output.emit(message.rstrip("\n"))  # argparse would not mind a full disk
 
 
-def build_parser(loaded: Collection[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
-    """The argument parser; only the commands in `loaded` get their arguments."""
+def build_parser(
+    loaded: Collection[str] = tuple(COMMANDS), known: Collection[str] = tuple(COMMANDS)
+) -> argparse.ArgumentParser:
+    """The argument parser.
+
+    Args:
+        loaded: The commands that get their arguments.
+        known: The commands that there are; each costs a start as much as reading a small file.
+    """
     parser = _Parser(
         prog="igvmfw",
         description="IGVM firmware for libvirt guests: inspect, describe, choose, launch.",
@@ -88,7 +95,8 @@ def build_parser(loaded: Collection[str] = tuple(COMMANDS)) -> argparse.Argument
     groups = parser.add_subparsers(
         prog=parser.prog, dest="command", metavar="COMMAND", required=True
     )
-    for name, listed in COMMANDS.items():
+    for name in known:
+        listed = COMMANDS[name]
         sub = groups.add_parser(
             name,
             help=listed.help,
@@ -145,8 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: Sequence[str]) -> int:
-    loaded = [word for word in words if word in COMMANDS][:1]
-    parser = build_parser(loaded)
+    first = next((word for word in words if not word.startswith("-")), None)
+    parser = build_parser([first], [first]) if first in COMMANDS else build_parser(())
     args, rest = parser.parse_known_args(words)
     if rest:
         raise UsageError(

@@ -3,7 +3,6 @@
 import argparse
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from igvmfw import files, rooted
@@ -232,6 +231,8 @@ def _file_problem(
     candidate: "Candidate | None", request: "Request", domain: "Domain", args: argparse.Namespace
 ) -> str | None:
     """Why the chosen file would be refused, as `define` would."""
+    from dataclasses import replace
+
     from igvmfw.launch import read
 
     if candidate is None:

@@ -243,4 +243,6 @@ def printable(text: str) -> str:
 
     An IGVM file, a descriptor or a domain XML may carry control characters on purpose.
     """
+    if all(map(str.isprintable, text.split("\n"))):
+        return text
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import ClassVar, NamedTuple, Self
 
 from igvmfw.igvm.reader import Buffer, Layout
-from igvmfw.igvm.records import Record
 from igvmfw.igvm.spec import (
     LARGE_PAGE_SIZE,
     PAGE_SIZE,
@@ -21,6 +20,7 @@ from igvmfw.igvm.spec import (
     RelocatableRegionFlags,
     RequiredMemoryFlags,
 )
+from igvmfw.records import Record
 
 U64_SPACE = 1 << 64
 
@@ -42,7 +42,6 @@ class Extent(NamedTuple):
 class Header(Record):
     """Base of all variable headers."""
 
-    __slots__ = ()
     TYPE: ClassVar[HeaderType]
     LAYOUT: ClassVar[Layout]
     type: ClassVar[int]  # as it stands in the file
@@ -90,7 +89,6 @@ def _zero(name: str, value: int) -> Iterator[Breach]:
 class RawHeader(Record):
     """A header igvmfw does not know, or marked optional: kept as it stands in the file."""
 
-    __slots__ = ()
     type: int
     body: bytes
 
@@ -102,7 +100,6 @@ class RawHeader(Record):
 class SupportedPlatform(Header):
     """IGVM_VHS_SUPPORTED_PLATFORM: a platform, and the mask other headers name it by."""
 
-    __slots__ = ()
     TYPE = HeaderType.SUPPORTED_PLATFORM
     LAYOUT = Layout("IBBHQ")
     compatibility_mask: int
@@ -131,7 +128,6 @@ class SupportedPlatform(Header):
 class GuestPolicy(Header):
     """IGVM_VHS_GUEST_POLICY: the isolation policy, in the platform's own encoding."""
 
-    __slots__ = ()
     TYPE = HeaderType.GUEST_POLICY
     LAYOUT = Layout("QII")
     policy: int
@@ -145,7 +141,6 @@ class GuestPolicy(Header):
 class RelocatableRegion(Header):
     """IGVM_VHS_RELOCATABLE_REGION: memory that a loader may move as a whole."""
 
-    __slots__ = ()
     TYPE = HeaderType.RELOCATABLE_REGION
     LAYOUT = Layout("IHBBQQQQQ")
     compatibility_mask: int
@@ -190,7 +185,6 @@ def _region(name: str, gpa: int, size: int) -> Iterator[Breach]:
 class PageTableRelocation(Header):
     """IGVM_VHS_PAGE_TABLE_RELOCATION: the page tables to fix up when regions move."""
 
-    __slots__ = ()
     TYPE = HeaderType.PAGE_TABLE_RELOCATION_REGION
     LAYOUT = Layout("IHBBQQQ")
     compatibility_mask: int
@@ -216,7 +210,6 @@ class PageTableRelocation(Header):
 
 
 class _CorimData(Header):
-    __slots__ = ()
     LAYOUT = Layout("IIII")
     compatibility_mask: int
     file_offset: int
@@ -233,7 +226,6 @@ class _CorimData(Header):
 class CorimDocument(_CorimData):
     """IGVM_VHS_CORIM_DATA of a CORIM_DOCUMENT: reference values, as CBOR in the file data."""
 
-    __slots__ = ()
     TYPE = HeaderType.CORIM_DOCUMENT
     compatibility_mask: int
     file_offset: int
@@ -244,7 +236,6 @@ class CorimDocument(_CorimData):
 class CorimSignature(_CorimData):
     """IGVM_VHS_CORIM_DATA of a CORIM_SIGNATURE: a COSE_Sign1 over the document."""
 
-    __slots__ = ()
     TYPE = HeaderType.CORIM_SIGNATURE
     compatibility_mask: int
     file_offset: int
@@ -255,7 +246,6 @@ class CorimSignature(_CorimData):
 class CcaPolicy(Header):
     """IGVM_VHS_CCA_POLICY: the policy of an Arm CCA realm."""
 
-    __slots__ = ()
     TYPE = HeaderType.CCA_POLICY
     LAYOUT = Layout("IIQQBB6s")
     compatibility_mask: int
@@ -277,7 +267,6 @@ class CcaPolicy(Header):
 class VersionString(Header):
     """VERSION_STRING: the owner's label of the file; the content is the UTF-8 text itself."""
 
-    __slots__ = ()
     TYPE = HeaderType.VERSION_STRING
     text: bytes
 
@@ -298,7 +287,6 @@ class VersionString(Header):
 class ParameterArea(Header):
     """IGVM_VHS_PARAMETER_AREA: a buffer that parameters are written to before its insertion."""
 
-    __slots__ = ()
     TYPE = HeaderType.PARAMETER_AREA
     LAYOUT = Layout("QII")
     number_of_bytes: int
@@ -321,7 +309,6 @@ _SHARED = int(PageDataFlags.SHARED)
 class PageData(Header):
     """IGVM_VHS_PAGE_DATA: one page of guest memory."""
 
-    __slots__ = ()
     TYPE = HeaderType.PAGE_DATA
     LAYOUT = Layout("QIIIHH")
     gpa: int
@@ -384,7 +371,6 @@ class PageData(Header):
 class ParameterInsert(Header):
     """IGVM_VHS_PARAMETER_INSERT: puts a parameter area into guest memory."""
 
-    __slots__ = ()
     TYPE = HeaderType.PARAMETER_INSERT
     LAYOUT = Layout("QII")
     gpa: int
@@ -402,7 +388,6 @@ class VpContext(Header):
     (VSM) or IgvmVpContextAArch64Cca (CCA), each in a page of 4 KiB but for the list.
     """
 
-    __slots__ = ()
     TYPE = HeaderType.VP_CONTEXT
     LAYOUT = Layout("QIIHH")
     gpa: int
@@ -418,7 +403,6 @@ class VpContext(Header):
 class RequiredMemory(Header):
     """IGVM_VHS_REQUIRED_MEMORY: guest memory that must be present."""
 
-    __slots__ = ()
     TYPE = HeaderType.REQUIRED_MEMORY
     LAYOUT = Layout("QIIII")
     gpa: int
@@ -441,7 +425,6 @@ class RequiredMemory(Header):
 class Parameter(Header):
     """IGVM_VHS_PARAMETER: where in a parameter area the loader deposits a value or table."""
 
-    __slots__ = ()
     LAYOUT = Layout("II")
     parameter_area_index: int
     byte_offset: int
@@ -450,70 +433,60 @@ class Parameter(Header):
 class VpCount(Parameter):
     """VP_COUNT_PARAMETER: the number of virtual processors, a u32."""
 
-    __slots__ = ()
     TYPE = HeaderType.VP_COUNT_PARAMETER
 
 
 class Srat(Parameter):
     """SRAT: the ACPI table."""
 
-    __slots__ = ()
     TYPE = HeaderType.SRAT
 
 
 class Madt(Parameter):
     """MADT: the ACPI table."""
 
-    __slots__ = ()
     TYPE = HeaderType.MADT
 
 
 class MmioRanges(Parameter):
     """MMIO_RANGES: an IGVM_VHS_MMIO_RANGES."""
 
-    __slots__ = ()
     TYPE = HeaderType.MMIO_RANGES
 
 
 class MemoryMap(Parameter):
     """MEMORY_MAP: an array of IGVM_VHS_MEMORY_MAP_ENTRY."""
 
-    __slots__ = ()
     TYPE = HeaderType.MEMORY_MAP
 
 
 class CommandLine(Parameter):
     """COMMAND_LINE: null-terminated ASCII."""
 
-    __slots__ = ()
     TYPE = HeaderType.COMMAND_LINE
 
 
 class Slit(Parameter):
     """SLIT: the ACPI table."""
 
-    __slots__ = ()
     TYPE = HeaderType.SLIT
 
 
 class Pptt(Parameter):
     """PPTT: the ACPI table."""
 
-    __slots__ = ()
     TYPE = HeaderType.PPTT
 
 
 class DeviceTree(Parameter):
     """DEVICE_TREE: a flattened device tree."""
 
-    __slots__ = ()
     TYPE = HeaderType.DEVICE_TREE
 
 
 class EnvironmentInfo(Parameter):
     """ENVIRONMENT_INFO_PARAMETER: an IgvmEnvironmentInfo, a u32 of flags."""
 
-    __slots__ = ()
     TYPE = HeaderType.ENVIRONMENT_INFO_PARAMETER
 
 
@@ -524,7 +497,6 @@ class SnpIdBlock(Header):
     qx and qy.
     """
 
-    __slots__ = ()
     TYPE = HeaderType.SNP_ID_BLOCK
     LAYOUT = Layout("IB3s48s16s16sIIII144s152s144s152s")
     compatibility_mask: int
@@ -546,7 +518,6 @@ class SnpIdBlock(Header):
 class ErrorRange(Header):
     """IGVM_VHS_ERROR_RANGE: shared memory in which the guest reports errors."""
 
-    __slots__ = ()
     TYPE = HeaderType.ERROR_RANGE
     LAYOUT = Layout("QII")
     gpa: int
@@ -561,7 +532,6 @@ class ErrorRange(Header):
 class VbsMeasurement(Header):
     """IGVM_VHS_VBS_MEASUREMENT: Hyper-V's signed boot measurement."""
 
-    __slots__ = ()
     TYPE = HeaderType.VBS_MEASUREMENT
     LAYOUT = Layout("IIIIIIII64s256s512s")
     compatibility_mask: int

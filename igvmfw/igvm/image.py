@@ -5,8 +5,7 @@ IGVM_VHS_VARIABLE_HEADER).
 """
 
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
 from itertools import takewhile
 from typing import Self
 
@@ -35,8 +34,8 @@ from igvmfw.igvm.spec import (
     Section,
     type_name,
 )
-from igvmfw.kinds import kind_of
 from igvmfw.platforms import Platform
+from igvmfw.records import Record
 
 FIXED_V1 = Layout("IIIIII")
 FIXED_V2 = Layout("IIIIIIII")
@@ -48,8 +47,7 @@ CHECKSUM_OFFSET = 20  # of the checksum within the fixed header, in bytes
 MAX_FILE = (1 << 32) - 1  # bytes: total_file_size is a u32
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FixedHeader:
+class FixedHeader(Record):
     """The fixed header's fields; sizes and offsets in bytes.
 
     Source: IGVM_FIXED_HEADER and IGVM_FIXED_HEADER_V2.
@@ -69,8 +67,7 @@ class FixedHeader:
         return self.variable_header_offset + self.variable_header_size
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class IgvmFile:
+class IgvmFile(Record):
     """A file as read: every header in file order, the data still where it was.
 
     Attributes:
@@ -80,6 +77,7 @@ class IgvmFile:
         content: The whole file, a view that is only valid as long as its source is.
         problems: What is wrong with the file; empty unless it was read leniently.
         platforms: The headers of its supported platforms, in file order.
+        platform_types: The type that each of their compatibility masks stands for.
         pages: The PAGE_DATA headers, in file order.
         others: All headers but these, in file order.
     """
@@ -88,21 +86,11 @@ class IgvmFile:
     headers: tuple[AnyHeader, ...]
     header_offsets: tuple[int, ...]
     content: memoryview
-    problems: tuple[Problem, ...] = ()
-    platforms: tuple[SupportedPlatform, ...] = field(init=False, repr=False, compare=False)
-    pages: tuple[PageData, ...] = field(init=False, repr=False, compare=False)
-    others: tuple[AnyHeader, ...] = field(init=False, repr=False, compare=False)
-    _types: dict[int, int] = field(init=False, repr=False, compare=False)  # by mask
-
-    def __post_init__(self) -> None:
-        pages = tuple([header for header in self.headers if type(header) is PageData])
-        others = tuple([header for header in self.headers if type(header) is not PageData])
-        found = tuple(header for header in others if isinstance(header, SupportedPlatform))
-        types = {header.compatibility_mask: header.platform_type for header in found}
-        for name, value in (
-            ("pages", pages), ("others", others), ("platforms", found), ("_types", types),
-        ):  # fmt: skip
-            object.__setattr__(self, name, value)
+    problems: tuple[Problem, ...]
+    platforms: tuple[SupportedPlatform, ...]
+    platform_types: Mapping[int, int]
+    pages: tuple[PageData, ...]
+    others: tuple[AnyHeader, ...]
 
     @classmethod
     def parse(cls, data: Buffer, *, lenient: bool = False) -> Self:
@@ -132,9 +120,6 @@ class IgvmFile:
         stopped = _read_headers(content, fixed.variable_header_offset, end, headers, offsets)
         if stopped is not None:
             found(stopped)
-        image = cls(
-            fixed=fixed, headers=tuple(headers), header_offsets=tuple(offsets), content=content
-        )
         rules = Rules(
             architecture=fixed.architecture,
             content=content,
@@ -142,7 +127,19 @@ class IgvmFile:
         )
         for problem in rules.check(headers, offsets):
             found(problem)
-        return replace(image, problems=tuple(problems)) if problems else image
+        others = tuple([header for header in headers if type(header) is not PageData])
+        platforms = tuple(header for header in others if isinstance(header, SupportedPlatform))
+        return cls(
+            fixed=fixed,
+            headers=tuple(headers),
+            header_offsets=tuple(offsets),
+            content=content,
+            problems=tuple(problems),
+            platforms=platforms,
+            platform_types={p.compatibility_mask: p.platform_type for p in platforms},
+            pages=tuple([header for header in headers if type(header) is PageData]),
+            others=others,
+        )
 
     def write(self) -> bytes:
         """The file's bytes again, with size and checksum computed anew.
@@ -207,7 +204,7 @@ class IgvmFile:
 
     def type_of(self, mask: int) -> int | None:
         """The platform type that has a compatibility mask; None where no platform has it."""
-        return self._types.get(mask)
+        return self.platform_types.get(mask)
 
     def mask_of(self, platform: Platform) -> int:
         """The compatibility mask of a platform; every file assigns its own.
@@ -294,6 +291,8 @@ def _read_fixed(content: memoryview) -> FixedHeader:
 
 
 def _not_igvm(content: memoryview) -> IgvmError:
+    from igvmfw.kinds import kind_of  # only what goes wrong has to pay for it
+
     kind = kind_of(content)
     if kind is None:
         what = f"it begins with {bytes(content[:4])!r}, not b'IGVM'"

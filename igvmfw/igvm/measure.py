@@ -286,7 +286,7 @@ def launch_vmsas(
             hint=f"give the guest at least {max(beyond) + 1} vCPUs, or use another image",
         )
     boot = contexts.get(0)
-    features = Vmsa.parse(image.data_of(boot))["sev_features"] if boot else 0
+    features = Vmsa.parse(image.data_of(boot)).register("sev_features") if boot else 0
     if platform is Platform.SEV_SNP:
         features |= SEV_FEATURE_SNP_ACTIVE
     reset: Vmsa | None = None
@@ -327,7 +327,7 @@ def as_kvm_measures(vmsa: Vmsa, platform: Platform, sev_features: int) -> Vmsa:
     write them.
     """
     names = [*_SYNCED, *_FPU] if platform is Platform.SEV_SNP else _SYNCED
-    registers: dict[str, int | Segment] = {name: vmsa[name] for name in names}
+    registers: dict[str, int | Segment] = {name: vmsa.register(name) for name in names}
     for name in ("es", "cs", "ss", "ds", "fs", "gs", "ldtr", "tr"):
         segment = vmsa.segment(name)
         registers[name] = segment._replace(attrib=segment.attrib & 0xFFF)
@@ -335,10 +335,10 @@ def as_kvm_measures(vmsa: Vmsa, platform: Platform, sev_features: int) -> Vmsa:
     for name in ("gdtr", "idtr"):
         table = vmsa.segment(name)
         registers[name] = Segment(0, 0, table.limit, table.base)
-    registers["cr0"] = vmsa["cr0"] & ~_CR0_CACHE
-    registers["cr4"] = vmsa["cr4"] | _CR4_MCE
-    registers["efer"] = vmsa["efer"] | _EFER_SVME
-    registers["rflags"] = vmsa["rflags"] | 2
+    registers["cr0"] = vmsa.register("cr0") & ~_CR0_CACHE
+    registers["cr4"] = vmsa.register("cr4") | _CR4_MCE
+    registers["efer"] = vmsa.register("efer") | _EFER_SVME
+    registers["rflags"] = vmsa.register("rflags") | 2
     registers["cpl"] = vmsa.segment("ss").attrib >> 5 & 3
     registers["sev_features"] = sev_features
     return Vmsa.build(registers)

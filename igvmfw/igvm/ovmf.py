@@ -4,20 +4,19 @@ Source: edk2, OvmfPkg/ResetVector/Ia16/ResetVectorVtf0.asm (the table and its wa
 X64/OvmfSevMetadata.asm (SEV sections), X64/IgvmMetadata.asm (IGVM parameters).
 """
 
-import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import IntEnum
 
 from igvmfw.errors import FirmwareError, IgvmError
-from igvmfw.igvm.reader import U32, Buffer, Layout
+from igvmfw.igvm.reader import U32, Buffer, Layout, guid
+from igvmfw.records import Record
 
 FOOTER_END = 32  # bytes from the table's end to the image's end
-FOOTER_GUID = uuid.UUID("96b582de-1fb2-45f7-baea-a366c55a082d")
-SEV_ES_RESET_GUID = uuid.UUID("00f771de-1a7e-4fcb-890e-68c77e2fb44e")
-SEV_METADATA_GUID = uuid.UUID("dc886566-984a-4798-a75e-5585a7bf67cc")
-TDX_METADATA_GUID = uuid.UUID("e47a6535-984a-4798-865e-4685a7bf8ec2")
-IGVM_METADATA_GUID = uuid.UUID("784fa70e-3176-4677-8a20-04b68699e374")
+FOOTER_GUID = guid("96b582de-1fb2-45f7-baea-a366c55a082d")
+SEV_ES_RESET_GUID = guid("00f771de-1a7e-4fcb-890e-68c77e2fb44e")
+SEV_METADATA_GUID = guid("dc886566-984a-4798-a75e-5585a7bf67cc")
+TDX_METADATA_GUID = guid("e47a6535-984a-4798-865e-4685a7bf8ec2")
+IGVM_METADATA_GUID = guid("784fa70e-3176-4677-8a20-04b68699e374")
 
 _ENTRY = Layout("H16s")
 _LIST = Layout("4sIII")
@@ -40,8 +39,7 @@ class SectionKind(IntEnum):
     IGVM_HOB_AREA = 0x200
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Section:
+class Section(Record):
     """A range the firmware names.
 
     `base` is a guest physical address, or for IGVM_PARAM_MEMORY_MAP and IGVM_PARAM_VP_COUNT an
@@ -54,11 +52,10 @@ class Section:
     size: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OvmfTables:
+class OvmfTables(Record):
     """What the tables of an OVMF binary say."""
 
-    guids: tuple[uuid.UUID, ...]
+    guids: tuple[bytes, ...]
     reset_address: int | None  # where SEV-ES application processors start
     sections: tuple[Section, ...]
 
@@ -85,8 +82,8 @@ def _find_tables(firmware: memoryview) -> OvmfTables | None:
     position = len(firmware) - FOOTER_END - _ENTRY.size
     if position < 0:
         return None
-    length, guid = _ENTRY.read(firmware, position)
-    if guid != FOOTER_GUID.bytes_le:
+    length, key = _ENTRY.read(firmware, position)
+    if key != FOOTER_GUID:
         return None
     start = position + _ENTRY.size - length
     if length < _ENTRY.size or start < 0:
@@ -104,17 +101,17 @@ def _find_tables(firmware: memoryview) -> OvmfTables | None:
     )
 
 
-def _entries(firmware: memoryview, start: int, end: int) -> Iterator[tuple[uuid.UUID, memoryview]]:
+def _entries(firmware: memoryview, start: int, end: int) -> Iterator[tuple[bytes, memoryview]]:
     """The table's entries from its end backwards, as the firmware walks it."""
     while end > start:
         position = end - _ENTRY.size
-        length, guid = _ENTRY.read(firmware, position, "table entry")
+        length, key = _ENTRY.read(firmware, position, "table entry")
         begin = end - length
         if length < _ENTRY.size or begin < start:
             raise FirmwareError(
                 f"an entry of the OVMF table has length {length}", where=f"offset 0x{position:x}"
             )
-        yield uuid.UUID(bytes_le=guid), firmware[begin:position]
+        yield key, firmware[begin:position]
         end = begin
 
 

@@ -10,8 +10,7 @@ table (ovmf.py).
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from igvmfw.errors import FirmwareError
 from igvmfw.igvm.headers import Extent, PageData
@@ -19,27 +18,36 @@ from igvmfw.igvm.image import IgvmFile
 from igvmfw.igvm.ovmf import OvmfTables, find_tables
 from igvmfw.igvm.spec import PAGE_SIZE
 from igvmfw.platforms import Platform
+from igvmfw.records import Record
 
 FOUR_GIB = 1 << 32
 MAX_FIRMWARE = 64 << 20  # bytes below 4 GiB that are looked at as firmware
 OVERLAP = 128  # bytes of the preceding page searched along; longer than any mark
 ZERO_PAGE = bytes(PAGE_SIZE)
 
-STRIDE = 256 * PAGE_SIZE  # bytes searched at once, at most
+TABLES = 64 << 10  # bytes at the firmware's end in which OVMF's tables usually lie
+STRIDE = 32 * PAGE_SIZE  # bytes searched at once, at most; what a processor's cache holds
 MAX_MARKS = 4  # pages named for an SVSM; its kernel is one
 
 _SVSM = b"! COCONUT-SVSM Version: "
 _UNRELEASED = b"-devel-"
+_RELEASE_LENGTH = len("2026.01")
 _VERSION = re.compile(rb"20\d\d\.\d\d%b\d+-g[0-9a-f]{7,40}\+?" % _UNRELEASED)
-_SERVICES = {
-    "vtpm": (b"svsm::protocols::vtpm", b"kernel/src/vtpm/", b"TPM_Manufacture"),
-    "uefi_variables": (b"uefi mm protocol failed to initialize",),
-    "persistence": (b"CocoonFs", b"CCFSMKFS", b"kernel/src/persistence.rs"),
+
+
+def _text(mark: bytes) -> Callable[[bytes], object]:
+    return lambda window: mark in window
+
+
+_SERVICES: Mapping[str, tuple[Callable[[bytes], object], ...]] = {
+    "vtpm": tuple(map(_text, (b"svsm::protocols::vtpm", b"kernel/src/vtpm/", b"TPM_Manufacture"))),
+    "uefi_variables": (_text(b"uefi mm protocol failed to initialize"),),
+    # one expression for two that begin alike: the search goes from one C to the next
+    "persistence": (re.compile(b"CocoonFs|CCFSMKFS").search, _text(b"kernel/src/persistence.rs")),
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Payload:
+class Payload(Record):
     """What was found in the memory of one platform.
 
     Attributes:
@@ -77,21 +85,18 @@ def identify(image: IgvmFile, platform: Platform | None = None) -> Payload:
             return Payload()
         platform = image.supported[0]
     pages = _memory(image, platform)
-    below_4g = _below_4g(image, pages)
-    tables = _tables(below_4g)
+    start = _firmware_start(pages)
+    tables = _tables(image, pages, start)
     firmware = "OVMF" if tables is not None else None
-    # what is put together already is not again, but for its ends, which a mark may cross
-    first, last = FOUR_GIB - len(below_4g) + PAGE_SIZE, FOUR_GIB - PAGE_SIZE
-    rest = {gpa: page for gpa, page in pages.items() if not first <= gpa < last}
     # text alone proves nothing: the other marks count only beside the SVSM's own, and without it
     # nobody has to look for them
-    if any(_SVSM in window for window in _windows(image, rest)):
-        svsm = _svsm(_windows(image, rest))
-    elif _SVSM in below_4g:
-        svsm = _svsm(itertools.chain([below_4g], _windows(image, rest)))
-    else:
+    marked = next((gpa for gpa, window in _windows(image, pages) if _SVSM in window), None)
+    if marked is None:
         return Payload(platform=platform, firmware=firmware, tables=tables)
-    return replace(svsm, platform=platform, firmware=firmware, tables=tables)
+    if not start <= marked < FOUR_GIB:
+        pages = {gpa: page for gpa, page in pages.items() if not start <= gpa < FOUR_GIB}
+    svsm = _svsm(window for _, window in _windows(image, pages))
+    return svsm.replace(platform=platform, firmware=firmware, tables=tables)
 
 
 def _svsm(windows: Iterable[bytes]) -> Payload:
@@ -99,11 +104,9 @@ def _svsm(windows: Iterable[bytes]) -> Payload:
     version = b""
     services: set[str] = set()
     for window in windows:
-        # the plain search first: it is many times as fast
-        if not version and _UNRELEASED in window and (match := _VERSION.search(window)):
-            version = match.group()
-        for name, marks in _SERVICES.items():
-            if name not in services and any(mark in window for mark in marks):
+        version = version or _version(window)
+        for name, searches in _SERVICES.items():
+            if name not in services and any(found(window) for found in searches):
                 services.add(name)
     return Payload(
         svsm="COCONUT-SVSM",
@@ -112,6 +115,15 @@ def _svsm(windows: Iterable[bytes]) -> Payload:
         uefi_variables="uefi_variables" in services,
         persistence="persistence" in services,
     )
+
+
+def _version(window: bytes) -> bytes:
+    at = window.find(_UNRELEASED)  # many times as fast as the expression
+    while at >= 0:
+        if match := _VERSION.match(window, max(0, at - _RELEASE_LENGTH)):
+            return match.group()
+        at = window.find(_UNRELEASED, at + 1)
+    return b""
 
 
 def _memory(image: IgvmFile, platform: Platform) -> dict[int, PageData]:
@@ -138,21 +150,23 @@ def _extents(pages: dict[int, PageData]) -> Iterator[tuple[int, int, int]]:
         yield start, offset, size
 
 
-def _windows(image: IgvmFile, pages: dict[int, PageData]) -> Iterator[bytes]:
-    """The memory by rising address, in windows that overlap.
+def _windows(image: IgvmFile, pages: dict[int, PageData]) -> Iterator[tuple[int, bytes]]:
+    """The memory by falling address, in windows that overlap, each with its address.
 
-    Pages that follow each other in memory and in the file go together.  Equal windows are given
-    once: a small file can name one page a million times.
+    A program's texts lie behind its code: what is looked for is found soon.  Pages that follow
+    each other in memory and in the file go together.  Equal windows are given once: a small file
+    can name one page a million times.
     """
-    seen: set[tuple[int, int, int]] = set()
+    spans: dict[tuple[int, int, int], int] = {}  # tail's end, place and size → address
     before = expected = 0  # where the preceding extent ends: in the file, if it has data; in memory
     for gpa, offset, size in _extents(pages):
         start = before if gpa == expected else 0
         before, expected = offset and offset + size, gpa + size
-        if offset and (start, offset, size) not in seen:
-            seen.add((start, offset, size))
-            tail = image.content[start - OVERLAP : start] if start else b""
-            yield b"".join((tail, image.content[offset : offset + size]))
+        if offset:
+            spans.setdefault((start, offset, size), gpa)
+    for (start, offset, size), gpa in reversed(spans.items()):
+        tail = image.content[start - OVERLAP : start] if start else b""
+        yield gpa, b"".join((tail, image.content[offset : offset + size]))
 
 
 def find_svsm_marks(image: IgvmFile, platform: Platform) -> tuple[int, ...]:
@@ -187,22 +201,31 @@ def firmware_image(image: IgvmFile, platform: Platform) -> bytes:
     Raises:
         IgvmError: The file does not have the platform, or its data cannot be read.
     """
-    return _below_4g(image, _memory(image, platform))
+    pages = _memory(image, platform)
+    return _joined(image, pages, _firmware_start(pages))
 
 
-def _below_4g(image: IgvmFile, pages: dict[int, PageData]) -> bytes:
-    start = FOUR_GIB - PAGE_SIZE
-    while start in pages and FOUR_GIB - start <= MAX_FIRMWARE:
+def _firmware_start(pages: dict[int, PageData]) -> int:
+    """Where the memory begins that ends right below 4 GiB without a gap; 4 GiB: there is none."""
+    start = FOUR_GIB
+    while start - PAGE_SIZE in pages and FOUR_GIB - start <= MAX_FIRMWARE:
         start -= PAGE_SIZE
-    firmware = {gpa: pages[gpa] for gpa in range(start + PAGE_SIZE, FOUR_GIB, PAGE_SIZE)}
+    return start
+
+
+def _joined(image: IgvmFile, pages: dict[int, PageData], start: int) -> bytes:
+    """The memory from an address to 4 GiB."""
+    firmware = {gpa: pages[gpa] for gpa in range(start, FOUR_GIB, PAGE_SIZE)}
     return b"".join(
         image.data_at(Extent(offset, size)) if offset else ZERO_PAGE
         for _, offset, size in _extents(firmware)
     )
 
 
-def _tables(firmware: bytes) -> OvmfTables | None:
-    try:
-        return find_tables(firmware)
-    except FirmwareError:
-        return None  # no OVMF that could be launched: an attacker's, or none
+def _tables(image: IgvmFile, pages: dict[int, PageData], start: int) -> OvmfTables | None:
+    for begin in (max(start, FOUR_GIB - TABLES), start):
+        try:
+            return find_tables(_joined(image, pages, begin))
+        except FirmwareError:
+            continue  # they begin further in front, or an attacker made them
+    return None

@@ -59,3 +59,15 @@ class Layout:
 
 U32 = Layout("I")
 U64 = Layout("Q")
+
+
+def guid(text: str) -> bytes:
+    """A GUID as UEFI stores it: the first three parts little-endian.
+
+    The module `uuid` does it, too, but finds out about the host as it is imported, which takes as
+    long as reading a small file.
+
+    Source: UEFI 2.10, appendix A.
+    """
+    *numbers, rest, node = map(bytes.fromhex, text.split("-"))
+    return b"".join(number[::-1] for number in numbers) + rest + node

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
 from typing import NamedTuple
@@ -24,6 +23,7 @@ from igvmfw.igvm.rules import AnyHeader
 from igvmfw.igvm.spec import PAGE_SIZE, PageDataType, PlatformType, type_name
 from igvmfw.igvm.vpcontext import Vmsa, parse_cca, parse_native, parse_vbs
 from igvmfw.platforms import Platform
+from igvmfw.records import Record
 
 _EFER_LMA = 1 << 10
 _CR0_PE = 1 << 0
@@ -31,8 +31,7 @@ RESET_ENTRY = "architectural reset"
 MAX_RUNS = 8  # runs of processors that are listed
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VpEntry:
+class VpEntry(Record):
     """Where a virtual processor starts.
 
     Attributes:
@@ -72,8 +71,7 @@ def entries_text(contexts: Iterable[VpEntry]) -> Iterator[str]:
         yield f"{vcpus_text([context.vp_index for context in group])}: {entry}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Summary:
+class Summary(Record):
     """One platform of an image; all sizes in bytes of guest memory.
 
     Attributes:

@@ -10,13 +10,12 @@ memory that a hostile one cannot raise beyond a bound.
 
 import functools
 import lzma
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from igvmfw.errors import IgvmError
-from igvmfw.igvm.reader import U32, U64, Layout
+from igvmfw.igvm.reader import U32, U64, Layout, guid
 
 FOUR_GIB = 1 << 32
 MAX_FIRMWARE = 64 << 20  # bytes below 4 GiB that are looked at; real images have 2 to 16 MiB
@@ -38,17 +37,17 @@ _VOLUME_IMAGE_FILE = 0x0B
 _GUIDED_SECTION = 0x02
 _VOLUME_SECTION = 0x17
 
-_LZMA = uuid.UUID("ee4e5898-3914-4259-9d6e-dc7bd79403cf").bytes_le
-_VARIABLE_VOLUME = uuid.UUID("fff12b8d-7696-4c8b-a985-2747075b4f50").bytes_le
-_AUTHENTICATED_STORE = uuid.UUID("aaf32c78-947b-439a-a180-2e144ec37792").bytes_le
-_GLOBAL_VARIABLE = uuid.UUID("8be4df61-93ca-11d2-aa0d-00e098032b8c").bytes_le
-_SECURE_BOOT_ENABLE = uuid.UUID("f0a30bc7-af08-4556-99c4-001009c93a44").bytes_le
+_LZMA = guid("ee4e5898-3914-4259-9d6e-dc7bd79403cf")
+_VARIABLE_VOLUME = guid("fff12b8d-7696-4c8b-a985-2747075b4f50")
+_AUTHENTICATED_STORE = guid("aaf32c78-947b-439a-a180-2e144ec37792")
+_GLOBAL_VARIABLE = guid("8be4df61-93ca-11d2-aa0d-00e098032b8c")
+_SECURE_BOOT_ENABLE = guid("f0a30bc7-af08-4556-99c4-001009c93a44")
 _STORE_FORMATTED, _STORE_HEALTHY = 0x5A, 0xFE
 _VARIABLE_START, _VARIABLE_ADDED = 0x55AA, 0x3F
 
-SECURE_BOOT_CONFIG = uuid.UUID("f0e6a44f-7195-41c3-ac64-54f202cd0a21").bytes_le
-SMM_CORE = uuid.UUID("e94f54cd-81eb-47ed-aec3-856f5dc157a9").bytes_le
-MM_COMMUNICATION = uuid.UUID("0b807404-2d1c-4066-95f4-f28a58800185").bytes_le
+SECURE_BOOT_CONFIG = guid("f0e6a44f-7195-41c3-ac64-54f202cd0a21")
+SMM_CORE = guid("e94f54cd-81eb-47ed-aec3-856f5dc157a9")
+MM_COMMUNICATION = guid("0b807404-2d1c-4066-95f4-f28a58800185")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,12 +7,12 @@ that the crate igvm 0.5.0 accepts (src/registers.rs).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 from igvmfw.errors import IgvmError
 from igvmfw.igvm.reader import U32, Buffer, Layout
 from igvmfw.igvm.spec import PAGE_SIZE, Architecture
+from igvmfw.records import Record
 
 SEGMENT = Layout("HHIQ")
 
@@ -67,11 +67,10 @@ VMSA_SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs", "gdtr", "ldtr", "idtr", "tr
 SEV_FEATURE_SNP_ACTIVE = 1 << 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Vmsa:
+class Vmsa(Record):
     """The save area of a SEV-ES or SEV-SNP virtual processor, a page of 4 KiB.
 
-    `content` is the page; registers are read by the name of `VMSA_FIELDS`.
+    `content` is the page; registers are read by the names of `VMSA_FIELDS`.
     """
 
     content: bytes
@@ -101,7 +100,7 @@ class Vmsa:
             page[offset : offset + layout.size] = packed
         return cls(content=bytes(page))
 
-    def __getitem__(self, name: str) -> int:
+    def register(self, name: str) -> int:
         """A register that is not a segment."""
         offset, layout = VMSA_FIELDS[name]
         value: int = layout.read(self.content, offset)[0]
@@ -115,7 +114,7 @@ class Vmsa:
         """All registers that are not zero, in the order of the layout."""
         found: dict[str, int | Segment] = {}
         for name in VMSA_FIELDS:
-            value = self.segment(name) if name in VMSA_SEGMENTS else self[name]
+            value = self.segment(name) if name in VMSA_SEGMENTS else self.register(name)
             if any(value) if isinstance(value, tuple) else value:
                 found[name] = value
         return found

@@ -23,7 +23,6 @@ IGVM descriptor in QEMU's directories while such a libvirt is installed.
 import os
 import stat
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from igvmfw import files, rooted
 from igvmfw.errors import DescriptorError, InputError
 from igvmfw.qemu import jsontext
 from igvmfw.qemu.descriptor import Descriptor, Device
+from igvmfw.records import Record
 
 VENDOR_BASE = "usr/share"
 SYSTEM_BASE = "etc"
@@ -55,8 +55,7 @@ class State(StrEnum):
     IGNORED = "ignored"  # its name is not a descriptor's
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class Entry(Record):
     """One file of a descriptor directory.
 
     Attributes:
@@ -76,8 +75,7 @@ class Entry:
     overridden_by: Path | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Catalog:
+class Catalog(Record):
     """All descriptor files of a search path, in order of choice.
 
     Attributes:
@@ -100,8 +98,7 @@ class Catalog:
         return next(found, None)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
+class Wanted(Record):
     """What a request asks of a descriptor.
 
     Attributes:

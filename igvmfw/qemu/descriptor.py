@@ -12,14 +12,15 @@ Members that nobody knows are kept and written back.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Any, ClassVar, Self, TypeAlias
 
 from igvmfw.errors import DescriptorError
 from igvmfw.platforms import Platform
 from igvmfw.qemu import jsontext
 from igvmfw.qemu.jsontext import Members, array, file_name, text
+from igvmfw.records import Record
 
 MAX_STORAGE = 1 << 40  # bytes; far beyond any vTPM state, and still a disk QEMU can make
 
@@ -59,8 +60,7 @@ class StorageInterface(StrEnum):
     PFLASH = "pflash"
 
 
-def _no_extra() -> Mapping[str, object]:
-    return {}
+_NO_EXTRA: Mapping[str, object] = MappingProxyType({})
 
 
 def _word(words: type[StrEnum], value: object) -> str:
@@ -86,13 +86,12 @@ def _storage_size(value: object) -> int:
     return value
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FlashFile:
+class FlashFile(Record):
     """A file for a pflash chip (FirmwareFlashFile)."""
 
     filename: str
     format: str
-    extra: Mapping[str, object] = field(default_factory=_no_extra)
+    extra: Mapping[str, object] = _NO_EXTRA
 
     @classmethod
     def from_dict(cls, value: object) -> Self:
@@ -109,15 +108,14 @@ class FlashFile:
         return {"filename": self.filename, "format": self.format, **self.extra}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FlashMapping:
+class FlashMapping(Record):
     """Firmware in pflash chips (FirmwareMappingFlash)."""
 
     device: ClassVar[Device] = Device.FLASH
     executable: FlashFile
     nvram_template: FlashFile | None = None
     stated_mode: FlashMode | None = None
-    extra: Mapping[str, object] = field(default_factory=_no_extra)
+    extra: Mapping[str, object] = _NO_EXTRA
 
     @property
     def mode(self) -> FlashMode:
@@ -153,13 +151,12 @@ class FlashMapping:
         return {**document, **self.extra}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KernelMapping:
+class KernelMapping(Record):
     """Firmware loaded like a Linux kernel (FirmwareMappingKernel)."""
 
     device: ClassVar[Device] = Device.KERNEL
     filename: str
-    extra: Mapping[str, object] = field(default_factory=_no_extra)
+    extra: Mapping[str, object] = _NO_EXTRA
 
     @classmethod
     def from_members(cls, members: Members) -> Self:
@@ -171,12 +168,11 @@ class KernelMapping:
         return {"device": self.device.value, "filename": self.filename, **self.extra}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UefiVars:
+class UefiVars(Record):
     """The variable store that QEMU's uefi-vars device starts from (FirmwareMemoryUefiVars)."""
 
     template: str
-    extra: Mapping[str, object] = field(default_factory=_no_extra)
+    extra: Mapping[str, object] = _NO_EXTRA
 
     @classmethod
     def from_dict(cls, value: object) -> Self:
@@ -189,14 +185,13 @@ class UefiVars:
         return {"template": self.template, **self.extra}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryMapping:
+class MemoryMapping(Record):
     """Firmware in memory (FirmwareMappingMemory)."""
 
     device: ClassVar[Device] = Device.MEMORY
     filename: str
     uefi_vars: UefiVars | None = None
-    extra: Mapping[str, object] = field(default_factory=_no_extra)
+    extra: Mapping[str, object] = _NO_EXTRA
 
     @classmethod
     def from_members(cls, members: Members) -> Self:
@@ -215,8 +210,7 @@ class MemoryMapping:
         return {**document, **self.extra}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VtpmStorage:
+class VtpmStorage(Record):
     """The persistent storage that firmware expects for its vTPM (igvmfw's extension).
 
     An IGVM file cannot ask for it itself, so the descriptor does; software that does not know the
@@ -227,7 +221,7 @@ class VtpmStorage:
     format: str
     size_bytes: int
     template: str | None = None
-    extra: Mapping[str, object] = field(default_factory=_no_extra)
+    extra: Mapping[str, object] = _NO_EXTRA
 
     @classmethod
     def from_dict(cls, value: object) -> Self:
@@ -253,14 +247,13 @@ class VtpmStorage:
         return {**document, **self.extra}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class IgvmMapping:
+class IgvmMapping(Record):
     """Firmware in an IGVM file (FirmwareMappingIgvm, since QEMU 10.1)."""
 
     device: ClassVar[Device] = Device.IGVM
     filename: str
     vtpm_storage: VtpmStorage | None = None
-    extra: Mapping[str, object] = field(default_factory=_no_extra)
+    extra: Mapping[str, object] = _NO_EXTRA
 
     @classmethod
     def from_members(cls, members: Members) -> Self:
@@ -297,8 +290,7 @@ def _read_mapping(value: object) -> FirmwareMapping:
     return _MAPPINGS[device].from_members(members)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
+class Target(Record):
     """An emulator and the machine types that take the firmware (FirmwareTarget).
 
     `machines` are globs over concrete machine types, `*` and `?` only.
@@ -306,7 +298,7 @@ class Target:
 
     architecture: str
     machines: tuple[str, ...]
-    extra: Mapping[str, object] = field(default_factory=_no_extra)
+    extra: Mapping[str, object] = _NO_EXTRA
 
     @classmethod
     def from_dict(cls, value: object) -> Self:
@@ -323,8 +315,7 @@ class Target:
         return {"architecture": self.architecture, "machines": list(self.machines), **self.extra}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Descriptor:
+class Descriptor(Record):
     """A firmware descriptor (Firmware).
 
     Attributes:
@@ -343,7 +334,7 @@ class Descriptor:
     targets: tuple[Target, ...]
     features: tuple[str, ...]
     tags: tuple[str, ...] = ()
-    extra: Mapping[str, object] = field(default_factory=_no_extra)
+    extra: Mapping[str, object] = _NO_EXTRA
 
     @classmethod
     def parse(cls, data: bytes) -> Self:

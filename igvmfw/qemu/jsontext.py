@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NoReturn, TypeVar
 
 from igvmfw.errors import DescriptorError
-from igvmfw.kinds import IGVM, JSON, kind_of
 
 MAX_SIZE = 1 << 20  # bytes; libvirt's limit (src/qemu/qemu_firmware.c, DOCUMENT_SIZE)
 MAX_DEPTH = 32  # nested arrays and objects; a descriptor needs 4
@@ -36,6 +35,8 @@ def parse(data: bytes) -> object:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
+        from igvmfw.kinds import IGVM, JSON, kind_of  # only what goes wrong has to pay for it
+
         kind = kind_of(data)
         if kind is None or kind is JSON:
             raise DescriptorError(

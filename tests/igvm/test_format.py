@@ -2,7 +2,6 @@
 
 import random
 import tracemalloc
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,7 +103,7 @@ def test_a_large_file_costs_its_headers_only(tmp_path: Path) -> None:
     head = IgvmFile.parse(FILES["native"])
     size = 100 << 20
     # the same headers over 100 MiB of (sparse) file data: what the header says grows along
-    fixed = replace(head.fixed, total_file_size=size)
+    fixed = head.fixed.replace(total_file_size=size)
     body = serialize(head.headers)
     data = assemble(fixed, b"", body, bytes(size - 32 - len(body)))
     path.write_bytes(data)

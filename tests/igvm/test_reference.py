@@ -97,7 +97,7 @@ def parts(image: IgvmFile, header: Header) -> Iterator[str]:
             yield from (str(header.compatibility_mask), str(header.version))
             yield crc(header.boot_measurement_digest)
         case _:
-            named = header.to_dict().items()
+            named = header.fields().items()
             yield from (str(value) for name, value in named if not name.startswith("reserved"))
 
 

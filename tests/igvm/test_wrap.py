@@ -140,7 +140,7 @@ def test_vmsas_are_those_of_sev_snp_measure(ovmf_bytes: bytes) -> None:
     reset_block = 0x0080_B004  # of Debian's OVMF.fd; read from its table by the next assertion
     image = IgvmFile.parse(wrap(ovmf_bytes, [SEV_ES, SNP], vcpus=3))
     own = [bytes(image.data_of(h)) for h in image.for_platform(SEV_ES) if isinstance(h, VpContext)]
-    assert Vmsa.parse(own[1]).segment("cs").base | Vmsa.parse(own[1])["rip"] == reset_block
+    assert Vmsa.parse(own[1]).segment("cs").base | Vmsa.parse(own[1]).register("rip") == reset_block
     expected = VMSA(SevMode.SEV_ES, reset_block, 0, 0).pages(3)
     assert own == [bytes(page) for page in expected]
     snp = [bytes(image.data_of(h)) for h in image.for_platform(SNP) if isinstance(h, VpContext)]
