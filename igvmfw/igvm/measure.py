@@ -283,7 +283,8 @@ def launch_vmsas(
     if beyond:
         raise RefusedError(
             f"the file sets vCPU {max(beyond)}, the guest has only {vcpus}",
-            hint=f"give the guest at least {max(beyond) + 1} vCPUs, or use another image",
+            hint=f"give the guest at least {max(beyond) + 1} vCPUs, to 'igvmfw measure' by --vcpus, "
+            "or use another image",
         )
     boot = contexts.get(0)
     features = Vmsa.parse(image.data_of(boot)).register("sev_features") if boot else 0
