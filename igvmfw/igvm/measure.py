@@ -283,7 +283,7 @@ def launch_vmsas(
     if beyond:
         raise RefusedError(
             f"the file sets vCPU {max(beyond)}, the guest has only {vcpus}",
-            hint=f"give the guest at least {max(beyond) + 1} vCPUs, to 'igvmfw measure' by --vcpus, "
+            hint=f"give the guest at least {max(beyond) + 1} vCPUs ('igvmfw measure' by --vcpus), "
             "or use another image",
         )
     boot = contexts.get(0)
