@@ -6,8 +6,10 @@ such file must ever be given to it.  docs/check.md documents every rule id.
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
-from igvmfw.check_context import check_context
+from igvmfw.check_context import check_context, has_tail
+from igvmfw.check_memory import MemoryCheck
 from igvmfw.findings import (
     Finding,
     Guest,
@@ -34,9 +36,9 @@ from igvmfw.igvm.headers import (
     VpContext,
 )
 from igvmfw.igvm.image import IgvmFile, mask_in
+from igvmfw.igvm.loading import find_discards, loaded_regions
 from igvmfw.igvm.rules import AnyHeader
 from igvmfw.igvm.spec import (
-    LARGE_PAGE_SIZE,
     OPTIONAL_BIT,
     HeaderType,
     PageDataType,
@@ -49,12 +51,9 @@ from igvmfw.platforms import Platform
 from igvmfw.qemu.acceptance import RELEASES, Acceptance
 
 MAX_AREA = 64 << 20  # bytes; QEMU allocates what the file says, up to 4 GiB each
+MAX_CONTEXTS = 4096  # the most vCPUs of q35 (hw/i386/pc_q35.c, max_cpus)
 MAX_AREAS = 256 << 20  # bytes, all of a file together
 LAUNCHED = (Platform.NATIVE, Platform.SEV, Platform.SEV_ES, Platform.SEV_SNP)
-_SEV_FAMILY = (Platform.SEV, Platform.SEV_ES, Platform.SEV_SNP)
-
-
-_Located = tuple[int, int, AnyHeader]
 
 
 def check_image(
@@ -92,20 +91,11 @@ class _Check:
         self._mask = 0
         self._areas: dict[int, int] = {}
         self._allocated = 0
-        self._pages: set[int] = set()  # addresses of pages of 4 KiB
-        self._frames: set[int] = set()  # of 2 MiB, with any page
-        self._large: set[int] = set()  # of 2 MiB, as one page
+        self._memory = MemoryCheck(platform, guest)
         self._id_blocks = 0
         self._contexts: set[int] = set()
+        self._judged = 0  # contexts
         self._policy: int | None = None
-        self._handlers: dict[type, Callable[..., Iterator[Result]]] = {
-            PageData: self._page,
-            VpContext: self._context,
-            ParameterArea: self._area,
-            ParameterInsert: self._insert,
-            RequiredMemory: self._required,
-            SnpIdBlock: self._id_block,
-        }
 
     def run(self) -> Iterator[Finding]:
         """All findings, in the order QEMU would come across them."""
@@ -113,35 +103,46 @@ class _Check:
             yield self._finding(result, None)
         if not self._mask:
             return
-        located = list(
-            zip(
-                range(len(self._image.headers)),
-                self._image.header_offsets,
-                self._image.headers,
-                strict=True,
-            )
-        )
         directives = 0
-        for place in located:
-            header = place[2]
+        found: list[tuple[int, Result]] = []
+        for index, header in enumerate(self._image.headers):
             if isinstance(header, SupportedPlatform):
                 continue
-            directives += section_of(header.type) is Section.DIRECTIVE
-            for result in self._header(header):
-                yield self._finding(result, place)
+            directives += section_of(header.type) is Section.DIRECTIVE and mask_in(header) != 0
+            found += ((index, result) for result in self._header(header))
+        found += self._loaded()
+        for index, result in sorted(found, key=lambda item: item[0]):
+            yield self._finding(result, index)
         if not directives:
             yield self._finding(error("empty", "the file has no directives", "rebuild it"), None)
         for result in self._whole_file():
             yield self._finding(result, None)
 
-    def _finding(self, result: Result, place: _Located | None) -> Finding:
+    def _loaded(self) -> Iterator[tuple[int, Result]]:
+        """What becomes of pages as QEMU loads them, by the index of the header it is about."""
+        for region in loaded_regions(self._image, self._mask):
+            size = region.end - region.start
+            for result in self._memory.placed(region.start, size, "a region of pages"):
+                yield region.first, result
+        if self._platform is not Platform.SEV_SNP:
+            return
+        for discard in find_discards(self._image, self._mask):
+            result = error(
+                "required-late",
+                f"required memory comes behind what is loaded into it, at 0x{discard.gpa:x}: QEMU "
+                "makes it private then, and the guest gets pages of zeroes",
+                "rebuild the image with required memory before pages and parameter areas",
+            )
+            yield discard.header_index, result
+
+    def _finding(self, result: Result, index: int | None) -> Finding:
         rule, severity, message, remedy = result
         return Finding(
             rule=rule,
             severity=severity,
             platform=self._platform,
-            header_index=None if place is None else place[0],
-            file_offset=None if place is None else place[1],
+            header_index=index,
+            file_offset=None if index is None else self._image.header_offsets[index],
             message=message,
             remedy=remedy,
         )
@@ -211,6 +212,11 @@ class _Check:
         if isinstance(header, VersionString | CorimDocument | CorimSignature):
             yield unparsable(f"a {type_name(header.type)} header")
             return
+        if isinstance(header, VpContext) and has_tail(self._image, header):
+            yield unparsable("a VMSA that does not end in zeroes (from byte 0x670 on)")
+            return
+        if not mask_in(header):
+            return  # libigvm leaves it out
         if HeaderType(header.type).name not in self._qemu.headers:
             yield error(
                 "header-unknown",
@@ -227,12 +233,9 @@ class _Check:
         if isinstance(header, Parameter):
             yield from self._parameter(header)  # carries no mask: handled on every platform
             return
-        if isinstance(header, ParameterArea):
-            yield from self._area(header)
-            return
-        handler = self._handlers.get(type(header))
+        handler = _HANDLERS.get(type(header))
         if handler is not None and mask_in(header) & self._mask:
-            yield from handler(header)
+            yield from handler(self, header)
 
     @staticmethod
     def _newer(name: str) -> str:
@@ -266,51 +269,7 @@ class _Check:
                 "private, measured one",
                 "the launch digest is not the one of the file's own order",
             )
-        yield from self._memory(page.gpa, page.guest_size, "the page")
-        frame = page.gpa // LARGE_PAGE_SIZE
-        taken = self._frames if page.is_2mb_page else self._large
-        if frame in taken or page.gpa in self._pages:
-            yield self._twice(page.gpa)
-        self._frames.add(frame)
-        if page.is_2mb_page:
-            self._large.add(frame)
-        else:
-            self._pages.add(page.gpa)
-
-    def _twice(self, gpa: int) -> Result:
-        message = f"guest memory at 0x{gpa:x} is loaded twice"
-        if self._platform in _SEV_FAMILY:
-            return error(
-                "page-twice",
-                f"{message}: memory that is encrypted cannot be encrypted again",
-                "rebuild the image without overlapping pages",
-            )
-        return warning("page-twice", f"{message}: the later one wins", "rebuild the image")
-
-    def _memory(self, gpa: int, size: int, what: str) -> Iterator[Result]:
-        """As qigvm_prepare_memory: within RAM, or where nothing is."""
-        for start, end, device in _DEVICES:
-            if gpa < end and start < gpa + size:
-                yield error(
-                    "memory-device",
-                    f"{what} at 0x{gpa:x} lies on the {device} (0x{start:x}): 'Could not prepare "
-                    "memory … due to existing non-RAM region'",
-                    "rebuild the image for QEMU's memory layout",
-                )
-        if gpa + size > 1 << 52:
-            yield error(
-                "memory-range",
-                f"{what} at 0x{gpa:x} is beyond any guest's address space",
-                "rebuild the image",
-            )
-        memory = self._guest.memory
-        if memory is not None and gpa < min(memory, _LOW_RAM) < gpa + size:
-            yield error(
-                "memory-border",
-                f"{what} at 0x{gpa:x} crosses the end of the guest's memory: "
-                "'region size exceeded'",
-                f"give the guest more than {(gpa + size) >> 20} MiB",
-            )
+        yield from self._memory.page(page)
 
     def _area(self, area: ParameterArea) -> Iterator[Result]:
         size = area.number_of_bytes
@@ -360,23 +319,29 @@ class _Check:
         size = self._areas.get(insert.parameter_area_index, 0)
         if self._platform in (Platform.SEV, Platform.SEV_ES):
             yield plain(f"the parameter area at 0x{insert.gpa:x}")
-        if size:
-            yield from self._memory(insert.gpa, size, "the parameter area")
+        if self._allocated <= MAX_AREAS:
+            yield from self._memory.area(insert.gpa, size)
 
     def _required(self, required: RequiredMemory) -> Iterator[Result]:
-        if required.number_of_bytes == 0:
-            return
-        yield from self._memory(required.gpa, required.number_of_bytes, "required memory")
-        end = required.gpa + required.number_of_bytes
-        memory = self._guest.memory
-        if memory is not None and end > memory:
+        yield from self._memory.required(required)
+        if required.vtl2_protectable:
             yield warning(
-                "memory-required",
-                f"the file needs memory up to 0x{end:x}, the guest has {memory >> 20} MiB",
-                f"give the guest at least {-(-end >> 20)} MiB",
+                "required-vtl",
+                f"QEMU has no VTLs: the required memory at 0x{required.gpa:x} is not protected "
+                "for VTL 2",
+                "do not rely on it",
             )
 
     def _context(self, header: VpContext) -> Iterator[Result]:
+        self._judged += 1
+        if self._judged > MAX_CONTEXTS:  # as many that are refused would keep igvmfw busy
+            if self._judged == MAX_CONTEXTS + 1:
+                yield error(
+                    "context-index",
+                    f"more than {MAX_CONTEXTS} VP contexts: no guest of QEMU has as many vCPUs",
+                    "rebuild the image",
+                )
+            return
         if header.vp_index in self._contexts:
             yield warning(
                 "context-twice",
@@ -400,6 +365,13 @@ class _Check:
             yield unparsable("no file data")
         if self._platform is Platform.SEV_SNP:
             if not self._policy and self._qemu.keeps_policy:
+                if self._id_blocks:
+                    yield error(
+                        "policy-missing",
+                        "the file has an ID block and no guest policy: QEMU puts policy 0 into the "
+                        "block, and the processor wants it to be the guest's",
+                        "rebuild the image with the policy that its ID block was signed for",
+                    )
                 return  # the domain's own counts
             if self._policy is None:
                 yield error(
@@ -433,11 +405,12 @@ class _Check:
                 )
 
 
-# what stands below 4 GiB on q35 and pc and is no RAM (hw/i386/x86-common.c, hw/pci-host/q35.c)
-_DEVICES = (
-    (0xB000_0000, 0xC000_0000, "PCI configuration space"),
-    (0xFEC0_0000, 0xFEC0_1000, "I/O APIC"),
-    (0xFED0_0000, 0xFED0_1000, "HPET"),
-    (0xFEE0_0000, 0xFEE1_0000, "local APIC"),
-)
-_LOW_RAM = 0x8000_0000  # bytes below the hole on q35 with the usual amount of memory
+# bound methods kept in the object would make a cycle, and the file would stay mapped
+_HANDLERS: dict[type, Callable[[_Check, Any], Iterator[Result]]] = {
+    PageData: _Check._page,
+    VpContext: _Check._context,
+    ParameterArea: _Check._area,
+    ParameterInsert: _Check._insert,
+    RequiredMemory: _Check._required,
+    SnpIdBlock: _Check._id_block,
+}

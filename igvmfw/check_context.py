@@ -15,6 +15,8 @@ from igvmfw.igvm.vpcontext import SEV_FEATURE_SNP_ACTIVE, VMSA_FIELDS, Vmsa
 from igvmfw.platforms import Platform
 from igvmfw.qemu.acceptance import Acceptance
 
+_WITH_VMSA = (PlatformType.SEV_ES, PlatformType.SEV_SNP)
+
 
 def check_context(
     image: IgvmFile, header: VpContext, platform: Platform, qemu: Acceptance, guest: Guest
@@ -27,8 +29,7 @@ def check_context(
             f"the file sets vCPU {index}, the guest has {guest.vcpus}",
             f"give the guest at least {index + 1} vCPUs",
         )
-    kinds = {item.compatibility_mask: item.platform_type for item in image.platforms}
-    kind = kinds.get(header.compatibility_mask)
+    kind = image.type_of(header.compatibility_mask)
     if platform is Platform.NATIVE:
         yield from _native(index, qemu)
     elif platform is Platform.SEV:
@@ -38,7 +39,7 @@ def check_context(
             "SEV-ES is not supported'",
             "rebuild the image without it: a SEV guest starts from the reset state",
         )
-    elif kind in (PlatformType.SEV_ES, PlatformType.SEV_SNP):
+    elif kind in _WITH_VMSA:
         yield from _vmsa(image, header, platform)
     else:
         word = PLATFORM_WORDS[PlatformType(kind)] if kind is not None else "unknown"
@@ -47,6 +48,13 @@ def check_context(
             f"a context in the form of {word} would be read as a VMSA",
             f"use a file made for {platform}",
         )
+
+
+def has_tail(image: IgvmFile, header: VpContext) -> bool:
+    """Whether a VMSA has more than its save area, on whatever platform; libigvm refuses that."""
+    if image.type_of(header.compatibility_mask) not in _WITH_VMSA:
+        return False
+    return bool(bytes(image.data_of(header)[_SAVE_AREA:]).strip(b"\0"))
 
 
 def _native(index: int, qemu: Acceptance) -> Iterator[Result]:

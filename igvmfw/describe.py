@@ -124,8 +124,9 @@ def describe(
     """
     stated, preset = stated or Stated(), preset or Stated()
     _check_usable(image)
+    _check_words(stated)
     reasons: list[Reason] = []
-    interfaces = stated.interface_types
+    interfaces = _once(stated.interface_types)
     if interfaces:
         _check_interfaces(interfaces, reasons)
     else:
@@ -161,6 +162,20 @@ def _check_usable(image: IgvmFile) -> None:
             f"none of the file's platforms is one that QEMU has: {have}",
             hint="QEMU has native, sev, sev-es, sev-snp and tdx",
         )
+
+
+def _check_words(stated: Stated) -> None:
+    for word in (stated.description or "", *stated.machines):
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise UsageError(
+                f"{word!r} is not UTF-8 text", hint="a descriptor is: state it in characters"
+            ) from None
+
+
+def _once(words: Sequence[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(words))
 
 
 def _check_interfaces(stated: Sequence[str], reasons: list[Reason]) -> None:
@@ -285,7 +300,7 @@ def _storage(
 
 
 def _machines(stated: Stated, preset: Stated, reasons: list[Reason]) -> tuple[str, ...]:
-    machines, why = stated.machines, "stated"
+    machines, why = _once(stated.machines), "stated"
     if not machines:
         machines, why = preset.machines, PRESET
     if not machines:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from igvmfw import files, presets, rooted
 from igvmfw.describe import Description, Stated, describe
-from igvmfw.errors import IgvmfwError, InputError
+from igvmfw.errors import IgvmfwError, InputError, RefusedError
 from igvmfw.igvm.image import IgvmFile
 from igvmfw.igvm.payload import firmware_image, identify
 from igvmfw.igvm.uefi import find_facts
 from igvmfw.provenance import FileIdentity
+from igvmfw.qemu.options import file_value
 from igvmfw.qemu.schema import Profile
 
 
@@ -34,7 +35,7 @@ def describe_file(
         tags: Tags for the descriptor, before the one that says which file was described.
     Raises:
         InputError: The file is missing, unreadable, damaged, or not below `root`.
-        RefusedError: No QEMU takes such a file.
+        RefusedError: No QEMU takes such a file, or it has a name that QEMU cannot be given.
         UsageError: Something has to be stated that the file cannot tell, or what is stated is not
             among what firmware.json knows.
     """
@@ -45,6 +46,10 @@ def describe_file(
         raise InputError(
             "the file's name is not UTF-8", where=path, hint="a descriptor is: rename the file"
         ) from None
+    try:
+        file_value(inner)
+    except RefusedError as error:
+        raise error.within(path) from None
     real = rooted.resolve(root, inner)
     try:
         info = os.stat(real)  # before reading: a change meanwhile shows in the time
@@ -68,6 +73,6 @@ def describe_file(
                 tags=(*tags, identity.tag()),
             )
     except IgvmfwError as error:
-        if error.where == os.path.abspath(path):  # the same file once more
-            error.where = None
-        raise error if (error.where or "").startswith(path) else error.within(path) from None
+        if error.where == str(real):
+            error.where = None  # it is named as the caller does
+        raise error.within(path) from None

@@ -94,6 +94,10 @@ class RefusedError(NegativeError):
     """Going on would give a launch that fails, or is not the one asked for."""
 
 
+class PlatformError(RefusedError):
+    """The IGVM file does not have the guest's platform."""
+
+
 class HostError(IgvmfwError):
     """The host lacks something that the command needs."""
 

@@ -105,7 +105,7 @@ def write_atomic(path: Path, data: bytes | memoryview, *, mode: int = 0o644) -> 
     directory = path.parent
     temporary: str | None = None
     try:
-        fd, temporary = tempfile.mkstemp(prefix=f".{path.name[:100]}.", dir=directory)
+        fd, temporary = tempfile.mkstemp(prefix=temporary_prefix(path), dir=directory)
         try:
             view = memoryview(data)
             while view:
@@ -127,6 +127,45 @@ def write_atomic(path: Path, data: bytes | memoryview, *, mode: int = 0o644) -> 
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+
+
+def write_output(path: Path, data: bytes | memoryview) -> None:
+    """Write the file that a command was told to, as `write_atomic`.
+
+    What a link leads to is written, and not the link replaced; a device or a pipe, such as
+    /dev/stdout, takes the data as it is and stays what it is.
+
+    Args:
+        path: Where the data goes.
+        data: All of it.
+    Raises:
+        OutputError: As `write_atomic`.
+    """
+    try:
+        special = not stat.S_ISREG(os.stat(path).st_mode) and not path.is_dir()
+    except OSError:
+        special = False  # nothing there; writing says what else is wrong
+    if not special:
+        write_atomic(Path(os.path.realpath(path)) if path.is_symlink() else path, data)
+        return
+    try:
+        with path.open("wb", buffering=0) as stream:
+            view = memoryview(data)
+            while view:
+                view = view[stream.write(view) :]
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(
+            f"cannot write: {error.strerror or error}",
+            where=str(path),
+            hint="check what it is, and that whatever reads it goes on",
+        ) from None
+
+
+def temporary_prefix(path: Path) -> str:
+    """How the name begins that `write_atomic` gives a file first; 8 characters follow."""
+    return f".{path.name[:100]}."
 
 
 def sync_directory(directory: Path) -> None:

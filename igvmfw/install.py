@@ -304,6 +304,24 @@ def locked(place: Place, *, create: bool) -> Iterator[None]:
         os.close(fd)
 
 
+@contextlib.contextmanager
+def all_locked(places: Iterable[Place], *, made: Place | None = None) -> Iterator[None]:
+    """As `locked`, for several directories.
+
+    They are locked in one order, whoever asks: so two processes never wait for each other.
+
+    Args:
+        places: The directories.
+        made: The one that is made where it is missing.
+    Raises:
+        OutputError: As `locked`.
+    """
+    with contextlib.ExitStack() as stack:
+        for place in sorted(places, key=lambda place: str(place.directory)):
+            stack.enter_context(locked(place, create=place == made))
+        yield
+
+
 def _acquire(lock: Path) -> int:
     while True:
         fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -346,7 +364,7 @@ def carry_out(place: Place, actions: Iterable[Action]) -> None:
 
 def _sweep(path: Path) -> None:
     """Remove what a killed process left of writing this file: nobody writes it now."""
-    for left in path.parent.glob(f".{path.name}.????????"):
+    for left in path.parent.glob(glob.escape(files.temporary_prefix(path)) + "?" * 8):
         with contextlib.suppress(OSError):
             left.unlink()
 

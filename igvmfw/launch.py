@@ -8,12 +8,13 @@ from pathlib import Path
 
 from igvmfw import files, preflight, rooted, statefile, upkeep
 from igvmfw.commandline import object_argument
-from igvmfw.errors import EmulatorError, IgvmfwError, LibvirtError, UsageError
+from igvmfw.errors import EmulatorError, IgvmfwError, LibvirtError, PlatformError, UsageError
 from igvmfw.igvm.image import IgvmFile
 from igvmfw.igvm.measure import MEASURED, launch_digest
+from igvmfw.platforms import Platform
 from igvmfw.qemu.catalog import Entry
 from igvmfw.rewrite import Rewritten, as_request, request_of, rewrite
-from igvmfw.select import Candidate, Choice, choose, confirm
+from igvmfw.select import Candidate, Choice, candidates, check_platform, confirm
 from igvmfw.virt.domain import Domain, Request
 from igvmfw.virt.host import Capabilities, Connection, translated
 from igvmfw.virt.record import File, OnChange, Record
@@ -65,12 +66,7 @@ def prepare(
             changes=("passed on as it stands: this libvirt chooses IGVM firmware itself",),
         )
     sev_es = None if capabilities is None else capabilities.sev_es
-    candidate = choose(request, options.entries, sev_es=sev_es)
-    if candidate.descriptor is not None:
-        path = rooted.resolve(options.root, candidate.path)
-        candidate = dataclasses.replace(candidate, path=str(path))
-    object_argument(candidate.path)  # a path that QEMU will not get is not opened here either
-    choice = read(candidate, request, domain)
+    candidate, choice = _choose(domain, request, options, sev_es)
     state = None
     if candidate.storage is not None:
         stated = domain.emulator or (capabilities and capabilities.emulator)
@@ -86,6 +82,26 @@ def prepare(
     )
 
 
+def _choose(
+    domain: Domain, request: Request, options: Options, sev_es: bool | None
+) -> tuple[Candidate, Choice]:
+    """The first that matches, with its file read; for plain guests, the first that is for them."""
+    unfit: PlatformError | None = None
+    for candidate in candidates(request, options.entries, sev_es=sev_es):
+        if candidate.descriptor is not None:
+            path = rooted.resolve(options.root, candidate.path)
+            candidate = dataclasses.replace(candidate, path=str(path))
+        object_argument(candidate.path)  # a path that QEMU will not get is not opened here either
+        try:
+            return candidate, read(candidate, request, domain)
+        except PlatformError as error:
+            unfit = error
+            if candidate.descriptor is None or request.platform is not Platform.NATIVE:
+                break
+    assert unfit is not None  # there is always one, or an error
+    raise unfit
+
+
 def read(candidate: Candidate, request: Request, domain: Domain) -> Choice:
     """Read a candidate's file and judge it.
 
@@ -95,11 +111,13 @@ def read(candidate: Candidate, request: Request, domain: Domain) -> Choice:
         domain: The domain, for its memory and vCPUs.
     Raises:
         InputError: The file cannot be read, or is damaged.
+        PlatformError: It does not have the guest's platform.
         RefusedError: It is not for this guest.
     """
     with files.mapped(candidate.path) as content:
         try:
             image = IgvmFile.parse(content)
+            check_platform(candidate, image)  # before the file is hashed
             choice = confirm(
                 candidate,
                 request,

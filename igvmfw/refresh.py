@@ -22,9 +22,9 @@ from igvmfw.install import (
     Action,
     Kind,
     Place,
+    all_locked,
     carry_out,
     file_name,
-    locked,
 )
 from igvmfw.provenance import Writer, described_file, find_writer, is_untouched, sealed
 from igvmfw.qemu import catalog
@@ -96,11 +96,7 @@ def refresh(
     if dry_run:
         _plan(plan, found, directories)
     else:
-        others = _same_level(place)
-        with contextlib.ExitStack() as stack:
-            for other in others:
-                stack.enter_context(locked(other, create=False))
-            stack.enter_context(locked(place, create=bool(found)))
+        with all_locked((place, *_same_level(place)), made=place if found else None):
             _plan(plan, found, directories)
             carry_out(place, plan.actions)
     return Refreshed(actions=tuple(plan.actions), problems=(*problems, *plan.problems))
@@ -116,9 +112,7 @@ def remove_all(place: Place, *, dry_run: bool = False) -> Refreshed:
         OutputError: A directory cannot be written.
     """
     places = (place, *_same_level(place))
-    with contextlib.ExitStack() as stack:
-        for each in places if not dry_run else ():
-            stack.enter_context(locked(each, create=False))
+    with all_locked(() if dry_run else places):
         entries = catalog.load([each.directory for each in places], place.root).entries
         actions = tuple(
             _removal(entry, entry.descriptor, "written by refresh")
@@ -145,23 +139,30 @@ def _find_files(
     problems: list[IgvmfwError] = []
     for directory in directories:
         inner = rooted.inner(root, directory)
-        for path in sorted(_walk(rooted.resolve(root, inner), inner, problems)):
+        for path in sorted(_walk(root, rooted.resolve(root, inner), inner, problems)):
             try:
                 info = os.stat(rooted.resolve(root, path))
             except FileNotFoundError:
                 continue  # a link to nothing; the file it meant is gone
             except OSError as error:
-                problems.append(InputError(f"cannot read: {error.strerror}", where=path))
+                problems.append(_unreadable(root, path, f"cannot read: {error.strerror}"))
                 continue
             except InputError as error:
-                problems.append(error)
+                problems.append(_unreadable(root, path, error.message, error.hint))
                 continue
             if stat.S_ISREG(info.st_mode):
                 found[path] = info
     return _without_aliases(root, found), problems
 
 
-def _walk(real: Path, inner: str, problems: list[IgvmfwError], depth: int = 0) -> Iterator[str]:
+def _unreadable(root: Path, path: str, what: str, hint: str | None = None) -> InputError:
+    """The problem with a file or directory, which is named as the host does."""
+    return InputError(what, where=str(root / path.lstrip("/")), hint=hint)
+
+
+def _walk(
+    root: Path, real: Path, inner: str, problems: list[IgvmfwError], depth: int = 0
+) -> Iterator[str]:
     try:
         with os.scandir(real) as entries:
             for entry in entries:
@@ -170,13 +171,13 @@ def _walk(real: Path, inner: str, problems: list[IgvmfwError], depth: int = 0) -
                 below = f"{inner.rstrip('/')}/{entry.name}"
                 if entry.is_dir(follow_symlinks=False):
                     if depth < _MAX_DEPTH:
-                        yield from _walk(real / entry.name, below, problems, depth + 1)
+                        yield from _walk(root, real / entry.name, below, problems, depth + 1)
                 elif entry.name.endswith(SUFFIX):
                     yield below
     except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as error:
-        problems.append(InputError(f"cannot read: {error.strerror}", where=inner))
+        problems.append(_unreadable(root, inner, f"cannot read: {error.strerror}"))
 
 
 def _without_aliases(root: Path, found: dict[str, os.stat_result]) -> dict[str, os.stat_result]:

@@ -62,7 +62,7 @@ def inner(root: Path, path: Path | str) -> str:
     Raises:
         InputError: The file is not below `root`.
     """
-    absolute = os.path.abspath(path)
+    absolute = _absolute(os.fspath(path))
     if root == HOST:
         return absolute
     for base in (os.path.abspath(root), os.path.realpath(root)):
@@ -73,3 +73,13 @@ def inner(root: Path, path: Path | str) -> str:
         where=str(path),
         hint="guests of that root could not see it: copy it there, and name it with that path",
     )
+
+
+def _absolute(path: str) -> str:
+    """An absolute path without `..`, of which only the kernel knows what it means behind a link."""
+    if ".." not in path.split("/"):
+        return os.path.abspath(path)
+    head, name = os.path.split(path)
+    if name in ("", ".", ".."):
+        return os.path.realpath(path)
+    return os.path.join(os.path.realpath(head), name)

@@ -7,7 +7,7 @@ caller has read.  Only a confirmed choice can be put into a domain.
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from igvmfw.errors import NoFirmwareError, RefusedError
+from igvmfw.errors import NoFirmwareError, PlatformError, RefusedError
 from igvmfw.igvm.headers import GuestPolicy, RequiredMemory
 from igvmfw.igvm.image import IgvmFile
 from igvmfw.igvm.spec import Architecture
@@ -100,9 +100,29 @@ def choose(request: Request, entries: Iterable[Entry], *, sev_es: bool | None = 
         NoFirmwareError: No descriptor matches; each candidate is named with its reasons.
         RefusedError: The domain names a file whose descriptor contradicts the domain's features.
     """
+    return next(candidates(request, entries, sev_es=sev_es))
+
+
+def candidates(
+    request: Request, entries: Iterable[Entry], *, sev_es: bool | None = None
+) -> Iterator[Candidate]:
+    """What `choose` gives, and where that turns out not to be for the guest's platform, the next.
+
+    A descriptor cannot say whether its file is for plain guests: firmware.json has no word for it.
+    Only the file tells (`check_platform`).
+
+    Args:
+        request: What the domain asks for.
+        entries: The catalogue, in order of choice.
+        sev_es: Whether the host has SEV-ES; None when that is not known.
+    Raises:
+        NoFirmwareError: No further descriptor matches; each is named with its reasons.
+        RefusedError: As of `choose`.
+    """
     acceptable = platforms(request, sev_es=sev_es)
     if request.path is not None:
-        return _named(request, request.path, entries, acceptable)
+        yield _named(request, request.path, entries, acceptable)
+        return
     rejected: list[str] = []
     for entry in entries:
         if entry.state is State.BROKEN:
@@ -110,22 +130,46 @@ def choose(request: Request, entries: Iterable[Entry], *, sev_es: bool | None = 
         descriptor = entry.descriptor
         if entry.state is not State.AVAILABLE or descriptor is None:
             continue
-        reasons = {platform: match(entry, _wanted(request, platform)) for platform in acceptable}
+        reasons = {platform: match(entry, wanted_of(request, platform)) for platform in acceptable}
         matching = tuple(platform for platform in acceptable if not reasons[platform])
-        if matching:
-            return Candidate(
-                path=descriptor.mapping.filename,
-                platforms=matching,
-                descriptor=entry.name,
-                features=descriptor.features,
-                storage=_storage(descriptor),
-            )
-        rejected.append(f"{entry.path}: {', '.join(reasons[acceptable[0]])}")
+        if not matching:
+            rejected.append(f"{entry.path}: {', '.join(reasons[acceptable[0]])}")
+            continue
+        yield Candidate(
+            path=descriptor.mapping.filename,
+            platforms=matching,
+            descriptor=entry.name,
+            features=descriptor.features,
+            storage=_storage(descriptor),
+        )
+        rejected.append(f"{entry.path}: {unfit_reason(request)}")
     raise NoFirmwareError(
         f"no IGVM firmware for {_describe(request)}: "
         + ("; ".join(rejected) or "no descriptor of an IGVM file is installed"),
         hint="see igvmfw list --all, or install a file with igvmfw install",
     )
+
+
+def unfit_reason(request: Request) -> str:
+    """Why a descriptor is passed over whose file is not for the guest's platform, for people."""
+    return f"{' and '.join(platforms(request))} is none of its file's platforms"
+
+
+def check_platform(candidate: Candidate, image: IgvmFile) -> Platform:
+    """What the guest takes from a file.
+
+    Raises:
+        PlatformError: The file lacks the guest's platform.
+    """
+    platform = next((p for p in candidate.platforms if p in image.supported), None)
+    if platform is None:
+        raise PlatformError(
+            f"the guest needs {' or '.join(candidate.platforms)}, the file is for "
+            f"{', '.join(image.supported) or 'no platform'}",
+            where=candidate.path,
+            hint="choose a file for this platform, or change <launchSecurity>",
+        )
+    return platform
 
 
 def confirm(
@@ -150,14 +194,7 @@ def confirm(
     """
     if image.architecture is not Architecture.X64:
         raise RefusedError("the file is not for x86_64", where=candidate.path)
-    platform = next((p for p in candidate.platforms if p in image.supported), None)
-    if platform is None:
-        raise RefusedError(
-            f"the guest needs {' or '.join(candidate.platforms)}, the file is for "
-            f"{', '.join(image.supported) or 'no platform'}",
-            where=candidate.path,
-            hint="choose a file for this platform, or change <launchSecurity>",
-        )
+    platform = check_platform(candidate, image)
     _check_memory(image, platform, memory, candidate.path)
     return Choice(
         path=candidate.path,
@@ -171,11 +208,12 @@ def confirm(
 
 
 def file_policy(image: IgvmFile, platform: Platform) -> int | None:
-    """The guest policy that a file states for a platform."""
+    """The guest policy that a file states for a platform; of several the last, as QEMU takes it."""
+    stated = None
     for header in image.for_platform(platform):
         if isinstance(header, GuestPolicy):
-            return header.policy
-    return None
+            stated = header.policy
+    return stated
 
 
 def _named(
@@ -209,7 +247,8 @@ def _storage(descriptor: Descriptor) -> VtpmStorage | None:
     return mapping.vtpm_storage if isinstance(mapping, IgvmMapping) else None
 
 
-def _wanted(request: Request, platform: Platform) -> Wanted:
+def wanted_of(request: Request, platform: Platform) -> Wanted:
+    """What a request asks of a descriptor for one of its platforms."""
     features = dict(request.features)
     if platform in PLATFORM_FEATURES:
         features[PLATFORM_FEATURES[platform]] = True

@@ -1,15 +1,15 @@
 """Which descriptor a domain gets, and why it gets none of the others.
 
-The choice itself is `igvmfw.select.choose`; this only explains it, entry by entry.
+The choice itself is `igvmfw.select.candidates`'; this only explains it, entry by entry.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from igvmfw.errors import NoFirmwareError
-from igvmfw.qemu.catalog import Entry, Wanted, match
-from igvmfw.qemu.descriptor import PLATFORM_FEATURES
-from igvmfw.select import Candidate, choose, platforms
+from igvmfw.qemu.catalog import Entry, match
+from igvmfw.select import Candidate, candidates, platforms, unfit_reason, wanted_of
 from igvmfw.virt.domain import Request
 
 
@@ -41,23 +41,26 @@ class Judgement:
     verdicts: tuple[Verdict, ...]
 
 
-def judge(request: Request, entries: Sequence[Entry]) -> Judgement:
+def judge(request: Request, entries: Sequence[Entry], *, unfit: Collection[str] = ()) -> Judgement:
     """Explain a choice.
 
     Args:
         request: What the domain asks for.
         entries: The catalogue, in order of choice.
+        unfit: File names of descriptors whose file was read, and is not for the guest's platform.
     Raises:
         RefusedError: The domain names a file whose descriptor contradicts it.
     """
-    try:
-        candidate = choose(request, entries)
-    except NoFirmwareError:
-        candidate = None
+    candidate = None
+    with contextlib.suppress(NoFirmwareError):
+        found = candidates(request, entries)
+        candidate = next(candidate for candidate in found if candidate.descriptor not in unfit)
     verdicts = []
     decided = False
     for entry in entries:
         reasons = _reasons(request, entry)
+        if not reasons and entry.name in unfit:
+            reasons = (unfit_reason(request),)
         chosen = not decided and not reasons and candidate is not None
         decided = decided or chosen
         if not reasons and not chosen:
@@ -71,13 +74,7 @@ def _reasons(request: Request, entry: Entry) -> tuple[str, ...]:
         return (f"the domain names {request.path} itself",)
     first: tuple[str, ...] | None = None
     for platform in platforms(request):
-        features = dict(request.features)
-        if platform in PLATFORM_FEATURES:
-            features[PLATFORM_FEATURES[platform]] = True
-        wanted = Wanted(
-            architecture=request.architecture, machine=request.machine, features=features
-        )
-        reasons = match(entry, wanted)
+        reasons = match(entry, wanted_of(request, platform))
         if not reasons:
             return ()
         first = reasons if first is None else first

@@ -1,9 +1,9 @@
 """Texts of other projects that tests compare with: fetched once, kept in the cache, never shipped.
 
 libvirt's source package comes from the Debian or Ubuntu archive this machine uses, through apt and
-without touching its configuration.  QEMU's docs/interop/firmware.json is kept by the test bed
-beside the emulator it builds, as PREFIX/share/igvmfw/firmware.json.  rpmlint's source distribution,
-of the release given, has the settings that Fedora and openSUSE use it with.
+without touching its configuration.  QEMU's docs/interop/firmware.json and its own descriptors are
+kept by the test bed beside the emulator it builds, in PREFIX/share/igvmfw.  rpmlint's source
+distribution, of the release given, has the settings that Fedora and openSUSE use it with.
 """
 
 import functools
@@ -33,6 +33,12 @@ def qemu_interop(release: str) -> Path | None:
     """docs/interop/firmware.json of a QEMU that the test bed builds, where it is built."""
     path = printed("build-qemu.sh", release).parents[1] / "share/igvmfw/firmware.json"
     return path if path.is_file() else None
+
+
+def qemu_descriptors(release: str) -> Path | None:
+    """The directory of the descriptors that a QEMU which the test bed builds comes with."""
+    path = printed("build-qemu.sh", release).parents[1] / "share/igvmfw/descriptors"
+    return path if path.is_dir() else None
 
 
 @functools.cache

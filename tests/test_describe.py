@@ -221,3 +221,22 @@ def test_the_distributions_ovmf(ovmf: Path) -> None:
     assert descriptor.features == ("amd-sev-snp",)
     assert descriptor.description == "OVMF for plain and SEV-SNP guests"
     assert Descriptor.parse(descriptor.write()) == descriptor
+
+
+@pytest.mark.parametrize(
+    "stated", [Stated(description="x\udcff"), Stated(machines=("pc-q35-*\udcff",))]
+)
+def test_what_is_stated_is_text_that_a_descriptor_can_hold(stated: Stated) -> None:
+    with pytest.raises(UsageError, match="not UTF-8 text"):
+        made(Platform.NATIVE, stated=stated)
+
+
+def test_what_is_stated_twice_is_said_once() -> None:
+    stated = Stated(
+        interface_types=("uefi", "uefi"), machines=("pc-q35-*",) * 2, features=("vtpm", "vtpm")
+    )
+    description = made(Platform.NATIVE, stated=stated)
+    assert description.descriptor.interface_types == ("uefi",)
+    assert description.descriptor.targets[0].machines == ("pc-q35-*",)
+    assert description.descriptor.features == ("vtpm",)
+    assert len(description.reasons) == 3

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from igvmfw import files
 from igvmfw.errors import InputError, OutputError, RefusedError, UsageError
 from igvmfw.install import (
     LOCK,
@@ -293,6 +294,23 @@ def test_locks_exclude_each_other_and_leave_nothing(place: Place) -> None:
     assert list(place.directory.iterdir()) == []
     with locked(place, create=True):  # a lock file that a killed process left does not matter
         pass
+
+
+@pytest.mark.parametrize("stem", ["a", "n" * 120, "[a]"])
+def test_what_a_killed_process_left_of_a_file_is_swept(place: Place, stem: str) -> None:
+    name = f"65-{stem}.json"
+    place.directory.mkdir(parents=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", lambda *_: 1 / 0)  # the last step before it would be whole
+        patch.setattr(os, "unlink", lambda *_: None)  # as if killed: nothing is cleaned up
+        with pytest.raises(ZeroDivisionError):
+            files.write_atomic(place.directory / name, b"half")
+    (left,) = place.directory.iterdir()
+    assert left.name.startswith(".")
+    kept = place.directory / f".65-a.json.{'x' * 9}"
+    kept.write_text("somebody else's")
+    install(place, name, descriptor())
+    assert sorted(place.directory.iterdir()) == sorted([kept, place.directory / name])
 
 
 def test_many_processes_at_once(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -395,3 +396,24 @@ def test_a_kill_at_any_step_of_a_refresh(place: Place, tmp_path: Path) -> None:
 
 def contents(place: Place) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in place.directory.glob("[!.]*")}
+
+
+def test_runs_that_want_the_same_directories_do_not_wait_for_each_other(place: Place) -> None:
+    """A trigger's refresh, and the removal of igvmfw, both lock QEMU's directory and igvmfw's."""
+    other = choose_place(Level.VENDOR, root=place.root, into=Into.IGVMFW)
+    for each in (place, other):
+        each.directory.mkdir(parents=True)
+    (place.root / "usr/share/igvm").mkdir()
+    (place.root / "usr/share/igvm/a.igvm").write_bytes(samples.small())
+    calls = (lambda: run(place), lambda: run(other), lambda: remove_all(place))
+
+    def often(call: Callable[[], object]) -> None:
+        for _ in range(40):
+            call()
+
+    threads = [threading.Thread(target=often, args=(call,), daemon=True) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)

@@ -51,3 +51,15 @@ def test_the_name_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     for outside in (tmp_path, tmp_path.parent / "x", f"{tmp_path}x/y"):
         with pytest.raises(InputError, match="is not below the root"):
             inner(tmp_path, outside)
+
+
+def test_what_lies_above_a_link_is_what_the_kernel_says(tmp_path: Path) -> None:
+    (tmp_path / "there/deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("there/deep")
+    for name in ("there/file", "file"):
+        (tmp_path / name).write_text(name)
+    named = f"{tmp_path}/link/../file"
+    assert Path(inner(HOST, named)).read_text() == Path(named).read_text() == "there/file"
+    assert inner(tmp_path, named) == "/there/file"
+    assert inner(HOST, f"{tmp_path}/link/..") == f"{tmp_path}/there"
+    assert inner(HOST, f"{tmp_path}/link/./x") == f"{tmp_path}/link/x"

@@ -188,6 +188,18 @@ def test_the_policy_is_the_domains_then_the_files_then_the_default(
     assert confirm(candidate(platform), wanted, file, sha256="0" * 64).policy == result
 
 
+def test_of_several_policies_the_last_counts_as_for_qemu() -> None:
+    builder = ImageBuilder()
+    builder.add(samples.platform(Platform.SEV_SNP, 1))
+    builder.add(GuestPolicy(0x30000, 1))
+    builder.add(GuestPolicy(0xB0000, 1))
+    builder.add_page(0x1000, 1, samples.PAGE)
+    file = IgvmFile.parse(builder.build())
+    wanted = request(Platform.SEV_SNP)
+    choice = confirm(candidate(Platform.SEV_SNP), wanted, file, sha256="0" * 64)
+    assert choice.policy == 0xB0000
+
+
 def test_contradicting_policies_are_named_both() -> None:
     with pytest.raises(RefusedError, match=r"0x1, the file's is 0x3"):
         confirm(

@@ -405,7 +405,7 @@ def _print_domain(before: Domain, after: Domain, args: argparse.Namespace) -> No
     else:
         text = after.write()
     if args.output is not None:
-        files.write_atomic(args.output, text)
+        files.write_output(args.output, text)
     else:
         # as it is, not through emit: this is for a file or libvirt, and must not change
         emit_bytes(text)

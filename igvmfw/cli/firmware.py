@@ -1,7 +1,6 @@
 """Commands on firmware descriptors: describe, validate, install, uninstall, refresh."""
 
 import argparse
-import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 from igvmfw import files
 from igvmfw.cli import Command
 from igvmfw.cli.options import one_of, root_option
-from igvmfw.cli.output import emit, emit_json, is_quiet, note, warn
+from igvmfw.cli.output import emit, emit_json, is_quiet, note, one_line, warn
 from igvmfw.cli.progress import progress
 from igvmfw.describe import Description, Stated
 from igvmfw.description import describe_file
@@ -23,6 +22,7 @@ from igvmfw.install import (
     Kind,
     Level,
     Place,
+    all_locked,
     carry_out,
     choose_place,
     file_name,
@@ -33,6 +33,8 @@ from igvmfw.install import (
     plan_uninstall,
 )
 from igvmfw.qemu import jsontext
+from igvmfw.qemu.catalog import SUFFIX
+from igvmfw.qemu.descriptor import Descriptor
 from igvmfw.qemu.schema import QEMU_VERSIONS, Profile, Violation, check_schema
 
 _DONE = {
@@ -115,7 +117,7 @@ def _describe(args: argparse.Namespace) -> int:
         )
     described: dict[str, Description] = {}
     with progress("describing", "files") as shown:
-        for path in shown.over(args.files):
+        for path in shown.over(args.files, len(args.files)):
             described[path] = describe_file(
                 path, root=args.root, profile=args.profile, stated=_stated(args)
             )
@@ -133,7 +135,7 @@ def _describe(args: argparse.Namespace) -> int:
             raise UsageError(f"two of the files would both become {output}")
         outputs[output] = found.descriptor.write()
     for output, data in outputs.items():
-        files.write_atomic(output, data)
+        files.write_output(output, data)
         note(f"written {output}")
     return 0
 
@@ -182,9 +184,9 @@ def _validate(args: argparse.Namespace) -> int:
         code = max(code, 1 if violations else 0)
         if not args.json:
             for violation in violations:
-                emit(f"{name}: {violation}")
+                emit(one_line(f"{name}: {violation}"))
             if not violations:
-                emit(f"{name}: valid")
+                emit(one_line(f"{name}: valid"))
     if args.json:
         emit_json({"profile": profile.value, "qemu": qemu, "descriptors": documents})
     return code
@@ -193,9 +195,16 @@ def _validate(args: argparse.Namespace) -> int:
 def _judge(name: str, profile: Profile, qemu: str) -> tuple[Violation, ...]:
     data = files.read_text(name, limit=jsontext.MAX_SIZE)
     try:
-        return check_schema(jsontext.parse(data), profile, qemu)
+        document = jsontext.parse(data)
     except DescriptorError as error:
         raise error.within(name) from None
+    if violations := check_schema(document, profile, qemu):
+        return violations
+    try:
+        Descriptor.from_dict(document)
+    except DescriptorError as error:  # what no schema says, such as a name that no file can have
+        return (Violation(where=error.where or "", message=error.message),)
+    return ()
 
 
 def _verdict(name: str, violations: Sequence[Violation]) -> dict[str, Any]:
@@ -257,8 +266,9 @@ def _install(args: argparse.Namespace) -> int:
     place = choose_place(args.level, root=args.root, into=args.into)
     described: dict[str, Description] = {}
     with progress("describing", "files") as shown:
-        for path in shown.over(args.files):
-            name = file_name(args.name or Path(path).stem, priority)
+        for path in shown.over(args.files, len(args.files)):
+            stem = (args.name or Path(path).stem).removesuffix(SUFFIX)
+            name = file_name(stem, priority)
             if name in described:
                 raise UsageError(f"two of the files would both become {name}")
             described[name] = describe_file(
@@ -298,9 +308,7 @@ def _uninstall_arguments(parser: argparse.ArgumentParser) -> None:
 def _uninstall(args: argparse.Namespace) -> int:
     intos = (Into.QEMU, Into.IGVMFW) if args.into is Into.AUTO else (args.into,)
     places = [choose_place(args.level, root=args.root, into=into) for into in intos]
-    with contextlib.ExitStack() as stack:
-        for place in places if not args.dry_run else ():
-            stack.enter_context(locked(place, create=False))
+    with all_locked(() if args.dry_run else places):
         actions: dict[Path, Action] = {}
         for word in args.words:
             for place, path in _meant(places, word):
@@ -398,7 +406,7 @@ def _report(
         return 0
     for action in actions:
         done = f"would be {_DONE[action.kind]}" if args.dry_run else _DONE[action.kind]
-        emit(f"{done:9}  {action.path}  ({action.reason})")
+        emit(one_line(f"{done:9}  {action.path}  ({action.reason})"))
     return 0
 
 

@@ -3,15 +3,26 @@
 import argparse
 import contextlib
 import os
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from igvmfw.cli import Command
 from igvmfw.cli.options import one_of
-from igvmfw.cli.output import emit, emit_bytes, emit_folded, emit_json, emit_map, note, warn
+from igvmfw.cli.output import (
+    emit,
+    emit_bytes,
+    emit_folded,
+    emit_json,
+    emit_map,
+    note,
+    one_line,
+    warn,
+)
 from igvmfw.cli.progress import progress
+from igvmfw.cli.workers import each
 from igvmfw.errors import IgvmfwError, OutputError, UsageError
-from igvmfw.files import STDIN, mapped, write_atomic
+from igvmfw.files import STDIN, mapped, write_output
 from igvmfw.igvm.image import IgvmFile
 from igvmfw.platforms import Platform
 
@@ -46,41 +57,65 @@ def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _inspect(args: argparse.Namespace) -> int:
-    from igvmfw.images import find_payload
-    from igvmfw.report import inspection, inspection_text, page_runs
+class _Seen(NamedTuple):
+    """What there is to say of one file."""
 
+    text: str = ""
+    document: dict[str, Any] | None = None
+    code: int = 0
+    failure: IgvmfwError | None = None
+
+
+def _inspect(args: argparse.Namespace) -> int:
     _check_map(args)
+    prints_more = args.map is not None or (args.pages and not args.json)
+    in_order = map if prints_more or STDIN in args.files else each
     documents = []
     code = 0
     with progress("inspecting", "files", prints=not args.json) as shown:
-        for name in shown.over(args.files):
-            try:
-                with mapped(name) as data:
-                    image = IgvmFile.parse(data, lenient=args.lenient)
-                    payload = find_payload(image)
-                    if args.json:
-                        documents.append(inspection(image, name, payload, pages=args.pages))
-                    else:
-                        emit_folded(inspection_text(image, name, payload))
-                        for line in page_runs(image) if args.pages else ():
-                            emit_folded(line)
-                    if args.map is not None:
-                        _map(args, image, name, payload)
-                    if image.problems:
-                        code = 3
-            except OutputError:
-                raise
-            except IgvmfwError as error:
-                known = error.where and error.where.startswith(name)
-                failed = error if known else error.within(name)
+        for seen in shown.over(in_order(partial(_look, args), args.files), len(args.files)):
+            code = max(code, seen.code)
+            if seen.failure is not None:
                 if len(args.files) == 1:
-                    raise failed from None
-                warn(str(failed))  # one bad file hides none of the others
-                code = max(code, failed.exit_code)
+                    raise seen.failure
+                warn(str(seen.failure))  # one bad file hides none of the others
+            elif args.json:
+                documents.append(seen.document)
+            elif seen.text:
+                emit_folded(seen.text)
     if args.json:
         emit_json(documents if len(args.files) > 1 else documents[0])
     return code
+
+
+def _look(args: argparse.Namespace, name: str) -> _Seen:
+    """Read one file; what --pages and --map add to a text may be much, and is printed at once."""
+    from igvmfw.images import find_payload
+    from igvmfw.report import inspection, inspection_text, page_runs
+
+    try:
+        with mapped(name) as data:
+            image = IgvmFile.parse(data, lenient=args.lenient)
+            payload = find_payload(image)
+            code = 3 if image.problems else 0
+            if args.json:
+                document = inspection(image, name, payload, pages=args.pages)
+                text = ""
+            else:
+                document, text = None, inspection_text(image, one_line(name), payload)
+            if text and (args.pages or args.map is not None):
+                emit_folded(text)
+                text = ""
+                for line in page_runs(image) if args.pages else ():
+                    emit_folded(line)
+            if args.map is not None:
+                _map(args, image, name, payload)
+            return _Seen(text=text, document=document, code=code)
+    except OutputError:
+        raise
+    except IgvmfwError as error:
+        known = error.where and error.where.startswith(name)
+        return _Seen(code=error.exit_code, failure=error if known else error.within(name))
 
 
 def _check_map(args: argparse.Namespace) -> None:
@@ -112,7 +147,7 @@ def _map(args: argparse.Namespace, image: IgvmFile, name: str, payload: "Payload
         return
     from igvmfw.drawing import Theme, draw
 
-    write_atomic(Path(args.map), draw(memory, theme=Theme(args.theme)))
+    write_output(Path(args.map), draw(memory, theme=Theme(args.theme)))
 
 
 def _measure_arguments(parser: argparse.ArgumentParser) -> None:
@@ -182,7 +217,7 @@ def _measure(args: argparse.Namespace) -> int:
     else:
         vcpus = f"{args.vcpus} vCPU{'s' * (args.vcpus > 1)}"
         order = vcpus if vmm is Vmm.QEMU else "file order"
-        emit(f"{digest.hex()}  {platform}  {order}  {args.file}")
+        emit(one_line(f"{digest.hex()}  {platform}  {order}  {args.file}"))
         if stated is not None:
             emit(_id_block_text(stated, digest))
     return int(differs)
@@ -267,7 +302,7 @@ def _wrap(args: argparse.Namespace) -> int:
     if args.output == STDIN:
         emit_bytes(result)
     else:
-        write_atomic(Path(args.output), result)
+        write_output(Path(args.output), result)
         note(f"wrote {args.output}: {len(result)} bytes for {', '.join(platforms)}")
     return 0
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from igvmfw import files, rooted
 from igvmfw.cli import Command
 from igvmfw.cli.options import one_of, root_option
-from igvmfw.cli.output import emit, emit_folded, emit_json, warn, width
+from igvmfw.cli.output import emit, emit_folded, emit_json, one_line, warn, width
 from igvmfw.cli.progress import progress
 from igvmfw.errors import DomainError, IgvmfwError, NegativeError, UsageError
 from igvmfw.install import FIRST_TOLERANT_LIBVIRT, find_libvirt
-from igvmfw.inventory import Row, take
+from igvmfw.inventory import FileState, Row, take
 from igvmfw.platforms import Platform
 from igvmfw.qemu.catalog import QEMU_DIRECTORY, Catalog, State, load, search_path
 from igvmfw.qemu.descriptor import Descriptor, IgvmMapping
@@ -144,6 +144,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def _print_table(rows: Sequence[Sequence[str]]) -> None:
     """Columns as wide as their widest cell; where a terminal is narrower, one cell a line."""
+    rows = [[one_line(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     columns = width()
     if columns is not None and sum(widths) + 2 * (len(widths) - 1) > columns:
@@ -204,12 +205,13 @@ def _list_for_domain(args: argparse.Namespace) -> int:
             hint="<os firmware='igvm'> or <loader type='igvm'> would",
         )
     found = load(search_path(args.root, user=args.user), args.root)
-    judgement = judge(request, found.entries)
+    rows = _take(found, args)
+    judgement = judge(request, found.entries, unfit=_unfit(request, rows))
     _warn(found, args)
     problem = _file_problem(judgement.candidate, request, domain, args)
     shown = [
         (row, verdict)
-        for row, verdict in zip(_take(found, args), judgement.verdicts, strict=True)
+        for row, verdict in zip(rows, judgement.verdicts, strict=True)
         if args.all or row.entry.state in (State.AVAILABLE, State.BROKEN)
     ]
     if args.json:
@@ -219,12 +221,26 @@ def _list_for_domain(args: argparse.Namespace) -> int:
         emit_json(document | {"file": _path(judgement.candidate), "file_problem": problem})
     else:
         for _, verdict in shown:
-            emit_folded(_verdict_line(verdict))
+            emit_folded(one_line(_verdict_line(verdict)))
         if judgement.candidate is not None and request.path is not None:
-            emit_folded(f"* {request.path}: named by the domain")
+            emit_folded(one_line(f"* {request.path}: named by the domain"))
     if problem is not None:
         warn(problem)
     return 1 if judgement.candidate is None or problem is not None else 0
+
+
+def _unfit(request: "Request", rows: Sequence[Row]) -> set[str]:
+    """The descriptors of files that are not for plain guests, as only the files can tell."""
+    if request.platform is not Platform.NATIVE:
+        return set()
+    read = (FileState.PRESENT, FileState.CHANGED)
+    return {
+        row.entry.name
+        for row in rows
+        if row.entry.state is State.AVAILABLE
+        and row.state in read
+        and Platform.NATIVE not in row.platforms
+    }
 
 
 def _file_problem(

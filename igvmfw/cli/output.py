@@ -160,13 +160,13 @@ def emit_map(memory: "MemoryMap") -> None:
 
 def warn(message: str) -> None:
     """A warning, on stderr: it never mixes with the result."""
-    say(f"igvmfw: warning: {message}")
+    say(f"igvmfw: warning: {one_line(message)}")
 
 
 def note(message: str) -> None:
     """What was done, on stderr; nothing with --quiet."""
     if not _Messages.quiet:
-        say(message)
+        say(one_line(message))
 
 
 def say(message: str) -> None:
@@ -246,3 +246,8 @@ def printable(text: str) -> str:
     if all(map(str.isprintable, text.split("\n"))):
         return text
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def one_line(text: str) -> str:
+    """Text of which a part came from elsewhere, such as a file's name, kept from forging a line."""
+    return printable(text).replace("\n", "\\n")

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -38,11 +38,12 @@ class Progress:
         self._done, self._total = done, total
         self._update()
 
-    def over(self, items: Sequence[_Item]) -> Iterator[_Item]:
-        """The items, counted as they are done."""
-        for done, item in enumerate(items):
-            self(done, len(items))
+    def over(self, items: Iterable[_Item], total: int) -> Iterator[_Item]:
+        """The items, counted as they come."""
+        self(0, total)
+        for done, item in enumerate(items, 1):
             yield item
+            self(done, total)
 
     def say(self, what: str) -> None:
         """Say what is being done, where it cannot be counted."""

@@ -11,11 +11,10 @@ from typing import NamedTuple
 from igvmfw.errors import IgvmError
 from igvmfw.igvm.headers import ErrorRange, PageData, ParameterArea, ParameterInsert
 from igvmfw.igvm.image import IgvmFile
-from igvmfw.igvm.spec import PAGE_SIZE
+from igvmfw.igvm.spec import PAGE_SIZE, U64_SPACE
 
 ZERO_PAGE = bytes(PAGE_SIZE)
 MAX_UNBACKED = 256 << 20  # bytes a launch may name without data; real files stay below 16 MiB
-_SPACE = 1 << 64  # bytes of guest address space that a file can name
 
 
 class GuestPages(NamedTuple):
@@ -70,6 +69,6 @@ class PageSource:
                 f"(parameter areas, error ranges, 2 MiB pages), 0x{size:x} bytes of it at "
                 f"0x{gpa:x}: igvmfw measures no such file"
             )
-        if gpa + size > _SPACE:
+        if gpa + size > U64_SPACE:
             raise IgvmError(f"0x{size:x} bytes at 0x{gpa:x} end outside the address space")
         return [0] * (size // PAGE_SIZE)

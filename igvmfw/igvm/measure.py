@@ -19,6 +19,7 @@ from igvmfw.errors import RefusedError, UsageError
 from igvmfw.igvm.guestpages import ZERO_PAGE, GuestPages, PageSource
 from igvmfw.igvm.headers import PageData, ParameterInsert, SnpIdBlock, VpContext
 from igvmfw.igvm.image import IgvmFile, mask_in
+from igvmfw.igvm.loading import find_discards
 from igvmfw.igvm.measure_spec import mrtd, vbs_boot_digest
 from igvmfw.igvm.reader import Layout
 from igvmfw.igvm.spec import (
@@ -102,7 +103,7 @@ def launch_digest(
     Raises:
         IgvmError: The file lacks the platform, breaks a rule of the format, or names more memory
             without data than igvmfw measures.
-        RefusedError: QEMU would not launch the file on the platform.
+        RefusedError: QEMU would not launch the file on the platform, or with other contents.
         UsageError: The platform has no digest, or none with this VMM; the vCPU count is out of
             bounds, or a signature is needed.
     """
@@ -166,6 +167,8 @@ _PAGE_INFO = Layout(f"{_DIGEST}s{_DIGEST}sHBBIQ")
 
 def _snp_digest(image: IgvmFile, vcpus: int, signature: int | None, vmm: Vmm) -> bytes:
     """The chain of PAGE_INFO structures; each place in the file is hashed once."""
+    if vmm is Vmm.QEMU:
+        _check_order(image)
     sha384, page_info, size = hashlib.sha384, _PAGE_INFO.write, _PAGE_INFO.size
     digest = nothing = bytes(_DIGEST)
     known = {0: sha384(ZERO_PAGE).digest()}
@@ -184,6 +187,16 @@ def _snp_digest(image: IgvmFile, vcpus: int, signature: int | None, vmm: Vmm) ->
             info = page_info(digest, contents, size, VMSA.number, 0, 0, SEV_VMSA_GPA)
             digest = sha384(info).digest()
     return digest
+
+
+def _check_order(image: IgvmFile) -> None:
+    for index, gpa in find_discards(image, image.mask_of(Platform.SEV_SNP)):
+        raise RefusedError(
+            f"required memory comes behind what is loaded into it, at 0x{gpa:x}: QEMU launches "
+            "zeroes instead",
+            where=f"header {index}, offset 0x{image.header_offsets[index]:x}",
+            hint="rebuild the image with required memory before pages and parameter areas",
+        )
 
 
 def launch_updates(image: IgvmFile, platform: Platform, vmm: Vmm) -> Iterator[Update]:
@@ -228,16 +241,17 @@ def _updates(image: IgvmFile, platform: Platform, vmm: Vmm) -> Iterator[Update]:
         return _update(image, page_type, pages)
 
     for header in image.headers:
-        applies = mask_in(header)
+        page = header if type(header) is PageData else None
+        applies = mask_in(header) if page is None else page.compatibility_mask
         index += applies != 0
         if not applies & mask:
             continue
-        if type(header) is PageData:
-            if in_file_order and header.shared:
+        if page is not None:
+            if in_file_order and page.shared:
                 continue
-            if region and (index != last + 1 or not region[-1].is_continued_by(header)):
+            if region and (index != last + 1 or not region[-1].is_continued_by(page)):
                 yield flushed()
-            region.append(header)
+            region.append(page)
             last = index
         elif isinstance(header, ParameterInsert) or (contexts and isinstance(header, VpContext)):
             if in_file_order and region:

@@ -22,7 +22,7 @@ _ENTRY = Layout("H16s")
 _LIST = Layout("4sIII")
 _SECTION = Layout("III")
 MAX_SECTIONS = 256
-MAX_SECTION_SIZE = 64 << 20  # bytes; real ones are below 1 MiB
+MAX_SECTIONS_SIZE = 64 << 20  # bytes, of all in a list; real ones are below 1 MiB
 
 
 class SectionKind(IntEnum):
@@ -124,13 +124,15 @@ def _sections(firmware: memoryview, entry: memoryview, magic: bytes) -> Iterator
             f"{magic.decode()} metadata is damaged: {found!r}, version {version}, {count} sections",
             where=f"offset 0x{start:x}",
         )
+    left = MAX_SECTIONS_SIZE
     for index in range(count):
         place = start + _LIST.size + index * _SECTION.size
         base, size, kind = _SECTION.read(firmware, place, "metadata section")
-        if size > MAX_SECTION_SIZE or base + size > 1 << 32:
+        left -= size
+        if left < 0 or base + size > 1 << 32:
             raise FirmwareError(
                 f"section {index} of the {magic.decode()} metadata (0x{base:x} + 0x{size:x}) is "
-                "larger than firmware needs, or ends above 4 GiB",
+                "more than firmware needs, or ends above 4 GiB",
                 where=f"offset 0x{place:x}",
             )
         if size:

@@ -14,7 +14,6 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from igvmfw.igvm.headers import (
-    U64_SPACE,
     ErrorRange,
     PageData,
     Parameter,
@@ -25,7 +24,7 @@ from igvmfw.igvm.headers import (
 )
 from igvmfw.igvm.image import IgvmFile
 from igvmfw.igvm.rules import AnyHeader
-from igvmfw.igvm.spec import PAGE_SIZE, HeaderType, PageDataType, PlatformType
+from igvmfw.igvm.spec import PAGE_SIZE, U64_SPACE, HeaderType, PageDataType, PlatformType
 from igvmfw.igvm.summary import vcpus_text
 from igvmfw.platforms import Platform
 

@@ -104,18 +104,6 @@ class Rules:
         self._contexts: dict[int, int] = defaultdict(int)  # VTL → masks with a context of VP 0
         self._documents = self._signatures = 0  # masks that have one
         self._version_string = False
-        self._checks: dict[type, Callable[[Any], None]] = {
-            SupportedPlatform: self._platform,
-            CcaPolicy: self._cca_policy,
-            RelocatableRegion: self._relocatable,
-            PageTableRelocation: self._page_table,
-            CorimDocument: self._corim_document,
-            CorimSignature: self._corim_signature,
-            VersionString: self._version,
-            ParameterArea: self._parameter_area,
-            ParameterInsert: self._parameter_insert,
-            VpContext: self._vp_context,
-        }
 
     def check(self, headers: Sequence[AnyHeader], offsets: Sequence[int]) -> Iterator[Problem]:
         """All problems of the variable headers, in file order."""
@@ -162,9 +150,9 @@ class Rules:
         try:
             if extent is not None:
                 self._data(extent)
-            check = self._checks.get(type(header))
+            check = _CHECKS.get(type(header))
             if check is not None:
-                check(header)
+                check(self, header)
             elif isinstance(header, Parameter):
                 self._parameter(header)
         except _Broken as broken:
@@ -331,6 +319,21 @@ class Rules:
             parse_native(data)
         elif kind == PlatformType.CCA:
             parse_cca(data)
+
+
+# bound methods kept in the object would make a cycle, and the file would stay mapped
+_CHECKS: dict[type, Callable[[Rules, Any], None]] = {
+    SupportedPlatform: Rules._platform,
+    CcaPolicy: Rules._cca_policy,
+    RelocatableRegion: Rules._relocatable,
+    PageTableRelocation: Rules._page_table,
+    CorimDocument: Rules._corim_document,
+    CorimSignature: Rules._corim_signature,
+    VersionString: Rules._version,
+    ParameterArea: Rules._parameter_area,
+    ParameterInsert: Rules._parameter_insert,
+    VpContext: Rules._vp_context,
+}
 
 
 def _bits(mask: int) -> Iterator[int]:

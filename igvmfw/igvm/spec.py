@@ -11,6 +11,7 @@ from igvmfw.platforms import Platform as PlatformWord
 MAGIC = 0x4D564749  # "IGVM", little endian
 PAGE_SIZE = 4096  # bytes; the only page size the reference crate reads
 LARGE_PAGE_SIZE = 2 << 20  # bytes
+U64_SPACE = 1 << 64  # bytes of guest address space that a file can name
 OPTIONAL_BIT = 1 << 31  # in a header's type: a loader that does not know it may go on
 
 

@@ -111,7 +111,7 @@ def _summary(image: IgvmFile, platform: Platform, kinds: "_PageCounts") -> Summa
     mask = image.mask_of(platform)
     sizes, special = _page_sizes(kinds, mask)
     policy: int | None = None
-    contexts: dict[int, VpEntry] = {}
+    contexts: dict[int, VpContext] = {}
     parameters: list[str] = []
     areas: dict[int, int] = {}
     id_block = False
@@ -132,8 +132,7 @@ def _summary(image: IgvmFile, platform: Platform, kinds: "_PageCounts") -> Summa
             case SnpIdBlock():
                 id_block = True
             case VpContext():
-                entry = entry_point(image, header)
-                contexts[header.vp_index] = VpEntry(vp_index=header.vp_index, entry=entry)
+                contexts[header.vp_index] = header
             case _:
                 pass
     return Summary(
@@ -146,7 +145,10 @@ def _summary(image: IgvmFile, platform: Platform, kinds: "_PageCounts") -> Summa
         special=tuple(f"{count} {name}" for name, count in special.items()),
         parameters=tuple(parameters),
         required_memory=sizes["required"],
-        contexts=tuple(contexts[index] for index in sorted(contexts)),
+        contexts=tuple(
+            VpEntry(vp_index=index, entry=entry_point(image, contexts[index]))
+            for index in sorted(contexts)
+        ),
         id_block=id_block,
     )
 

@@ -22,6 +22,7 @@ MAX_FIRMWARE = 64 << 20  # bytes below 4 GiB that are looked at; real images hav
 MAX_UNPACKED = 64 << 20  # bytes that all compressed sections may unpack to; OVMF has 14 MiB
 MAX_DEPTH = 4  # volumes within volumes; OVMF has 2
 MAX_VOLUMES = 64  # that are named; OVMF has 3
+MAX_SEARCHED = 256 << 20  # bytes, what lies within something else once more; OVMF has 16 MiB
 MAX_PARTS = 1 << 16  # volumes, files and sections that are looked at; OVMF has below 200
 
 # EFI_FIRMWARE_VOLUME_HEADER from the file system GUID on, EFI_FFS_FILE_HEADER, EFI_GUID_DEFINED_…
@@ -121,6 +122,12 @@ class _Scan:
         self.enrolled_keys = False
         self.unpacked = 0
         self._parts = 0
+        self._searched = 0
+
+    def _may_search(self, size: int) -> bool:
+        # damaged volumes may overlap: each could hold the same megabytes
+        self._searched += size
+        return self._searched <= MAX_SEARCHED
 
     def _go_on(self) -> bool:
         self._parts += 1
@@ -128,7 +135,7 @@ class _Scan:
 
     def volumes(self, data: memoryview, depth: int) -> None:
         """Every firmware volume in some data, one after the other."""
-        if depth > MAX_DEPTH:
+        if depth > MAX_DEPTH or not self._may_search(len(data)):
             return
         content = bytes(data)
         at = content.find(b"_FVH")
@@ -185,7 +192,7 @@ class _Scan:
 
     def _unpack(self, data: memoryview) -> bytes:
         left = MAX_UNPACKED - self.unpacked
-        if left <= 0:
+        if left <= 0 or not self._may_search(len(data)):
             return b""
         try:
             decoder = lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=MAX_UNPACKED * 2)

@@ -27,9 +27,10 @@ from enum import StrEnum
 from pathlib import Path
 
 from igvmfw import files, rooted
-from igvmfw.errors import DescriptorError, InputError
+from igvmfw.errors import DescriptorError, InputError, RefusedError
 from igvmfw.qemu import jsontext
 from igvmfw.qemu.descriptor import Descriptor, Device
+from igvmfw.qemu.options import file_value
 from igvmfw.records import Record
 
 VENDOR_BASE = "usr/share"
@@ -250,6 +251,10 @@ def match_descriptor(descriptor: Descriptor, wanted: Wanted) -> tuple[str, ...]:
     if descriptor.mapping.device is not Device.IGVM:
         return (f"describes firmware for device '{descriptor.mapping.device}', not 'igvm'",)
     reasons = []
+    try:
+        file_value(descriptor.mapping.filename)
+    except RefusedError as error:  # nobody could use it
+        reasons.append(error.message)
     if reason := _match_target(descriptor, wanted):
         reasons.append(reason)
     for feature, must_have in wanted.features.items():

@@ -5,7 +5,7 @@ Source: QEMU 10.2, target/i386/cpu.c (builtin_x86_defs: family, model, stepping)
 
 from igvmfw.errors import UsageError
 
-# family, model, stepping; versioned models (-v1 …) share those of their base but for the exceptions
+# family, model, stepping; the versions of a model (-v1 …) share them
 MODELS = {
     "EPYC": (23, 1, 2),
     "EPYC-IBPB": (23, 1, 2),

@@ -8,6 +8,7 @@ import unicodedata
 
 from igvmfw.errors import RefusedError
 
+_SHOWN = 200  # characters of a path, in messages
 _PATH_MAX = 4096  # bytes with the final NUL (linux/limits.h)
 
 
@@ -19,14 +20,16 @@ def file_value(path: str) -> str:
     Raises:
         RefusedError: The path is not absolute, too long, or has characters no path should have.
     """
+    shown = path[:_SHOWN]
     if not path.startswith("/"):
-        raise RefusedError(f"the path {path!r} is not absolute", hint="name the file from /")
+        raise RefusedError(f"the path {shown!r} is not absolute", hint="name the file from /")
     if any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in path):
         raise RefusedError(
-            f"the path {path!r} has control characters, or is no text", hint="rename the file"
+            f"the path {shown!r} has control characters, or is no text",
+            hint="rename the file",
         )
     if len(path.encode()) >= _PATH_MAX:
-        raise RefusedError("the path is longer than the system allows", where=path[:60] + "…")
+        raise RefusedError("the path is longer than the system allows", where=f"{shown}…")
     # a comma is the only character with a meaning in a value, and is doubled to mean itself
     return path.replace(",", ",,")
 

@@ -5,6 +5,7 @@ of them plus the feature `vtpm` and, in an igvm mapping, the member `x-vtpm-stor
 """
 
 import functools
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -12,6 +13,7 @@ from enum import StrEnum
 from igvmfw.resources import load_schema
 
 QEMU_VERSIONS = ("10.1", "10.2", "11.0")
+MAX_VIOLATIONS = 100  # that are told; a file of 1 MiB can break rules a million times
 _SHOWN = 200  # characters of a message: the value it quotes may be as long as the file
 
 
@@ -72,16 +74,22 @@ def check_schema(
         profile: Which schema.
         qemu: For profile `upstream`, one of QEMU_VERSIONS.
     Returns:
-        What is wrong, in document order; empty when the document is valid.
+        What is wrong, by its place; empty when the document is valid.  After MAX_VIOLATIONS of
+        them a last one says that there is more.
     """
     import jsonschema  # a tenth of a second that only this check pays
 
     validator = jsonschema.Draft202012Validator(load_schema(schema_name(profile, qemu)))
-    errors = sorted(validator.iter_errors(document), key=lambda error: list(map(str, error.path)))
-    return tuple(
-        Violation(where=_json_path(error.absolute_path), message=_message(error))
-        for error in errors
-    )
+    errors = list(itertools.islice(validator.iter_errors(document), MAX_VIOLATIONS + 1))
+    told = sorted(errors[:MAX_VIOLATIONS], key=lambda error: list(map(_sortable, error.path)))
+    found = [Violation(where=_json_path(e.absolute_path), message=_message(e)) for e in told]
+    if len(errors) > MAX_VIOLATIONS:
+        found.append(Violation(where="", message="there is more wrong, which is not looked at"))
+    return tuple(found)
+
+
+def _sortable(step: str | int) -> tuple[bool, str, int]:
+    return (False, "", step) if isinstance(step, int) else (True, step, 0)
 
 
 def _message(error: object) -> str:

@@ -44,6 +44,15 @@ OVMF = Path("/usr/share/ovmf/OVMF.fd")
 COCONUT = CHECKOUT / "tests/data/coconut/coconut-qemu-vtpm-snp-ovmf.igvm.xz"
 HOOK = CHECKOUT / "packaging/libvirt-hook/igvmfw"
 CPU = "EPYC-v4"
+PARSE = """
+import sys
+from igvmfw.files import mapped
+from igvmfw.igvm.image import IgvmFile
+with mapped(sys.argv[1]) as data:
+    IgvmFile.parse(data)
+"""
+CHAIN = "its hashes alone"
+PAGE, PAGE_INFO = 4096, 112  # bytes
 GROWN = 1.5  # times, at most, to count as constant
 SMALL = 256 << 10  # bytes
 PLATFORMS = (Platform.NATIVE, Platform.SEV, Platform.SEV_ES, Platform.SEV_SNP)
@@ -162,7 +171,12 @@ def crate_times(option: str, file: Path, rounds: int) -> Samples:
     """What the program around the reference crate says of itself."""
     command = [str(printed("reference.sh")), option, str(file), str(rounds + 1)]
     shown = subprocess.run(command, check=True, capture_output=True, text=True, timeout=600).stdout
-    return Samples([int(line) / 1e9 for line in shown.split()][1:])
+    return Samples([int(line) / 1e9 for line in shown.split()][1:], peak=memory(*command[:-1], "1"))
+
+
+def memory(*command: str) -> int:
+    """The most memory of a process, in bytes."""
+    return Process(commands=[command]).memory()
 
 
 def parse(bench: Bench, files: Mapping[str, Path]) -> None:
@@ -170,12 +184,13 @@ def parse(bench: Bench, files: Mapping[str, Path]) -> None:
     bench.section(
         "Parse",
         "In process. The crate `igvm` copies the page data, igvmfw does not; both check "
-        "the rules of the format.",
+        "the rules of the format. Memory: of a process that does this alone, Python's own in it.",
     )
     rounds = bench.rounds(30)
     for name in ("coconut", "large"):
         content = files[name].read_bytes()
         found = time_functions({"igvmfw": lambda c=content: IgvmFile.parse(c)}, rounds)  # type: ignore[misc]
+        found["igvmfw"].peak = memory(bench.python, "-c", PARSE, str(files[name]))
         found["crate igvm"] = crate_times("--time", files[name], rounds)
         headers = len(IgvmFile.parse(content).headers)
         title = f"{len(content) / (1 << 20):.1f} MiB, {headers} headers"
@@ -188,9 +203,11 @@ def measure(bench: Bench, files: Mapping[str, Path]) -> None:
     bench.section(
         "Measure",
         "In process, reading the file included. The limit is the hash of the same pages in one go, "
-        "by hashlib; igvmmeasure is COCONUT's tool, whose algorithm is written anew in Rust around "
-        "the crate `igvm` (it computes in the file's order, and reads the file, too); "
-        "sev-snp-measure computes from the raw OVMF, not from an IGVM file.",
+        "by hashlib; what SEV-SNP's chain needs at least is a hash of each page and one of each "
+        "record (its hashes alone). igvmmeasure is COCONUT's tool, whose algorithm is written anew "
+        "in Rust around the crate `igvm` (it computes in the file's order, and reads the file, "
+        "too); sev-snp-measure computes from the raw OVMF, not from an IGVM file. Memory: of "
+        "`igvmfw measure`, and of a process that does this alone.",
     )
     cpu = signature(CPU)
     rounds = bench.rounds(20)
@@ -199,6 +216,16 @@ def measure(bench: Bench, files: Mapping[str, Path]) -> None:
         for kind in IgvmFile.parse(content).supported:
             if kind is not Platform.NATIVE:
                 _measure(bench, name, content, files[name], kind, cpu, rounds)
+
+
+def chain(pages: bytes) -> bytes:
+    """The hashes that SEV-SNP's chain is made of, two a page, and nothing else."""
+    digest = bytes(48)
+    rest = bytes(PAGE_INFO - 2 * len(digest))
+    for start in range(0, len(pages), PAGE):
+        contents = hashlib.sha384(pages[start : start + PAGE]).digest()
+        digest = hashlib.sha384(digest + contents + rest).digest()
+    return digest
 
 
 def _measure(
@@ -217,6 +244,8 @@ def _measure(
         "igvmfw": own,
         limit: lambda: algorithm(pages).digest(),
     }
+    if kind is Platform.SEV_SNP:
+        functions[CHAIN] = lambda: chain(pages)
     if name == "ovmf" and kind is Platform.SEV_SNP:
         functions["sev-snp-measure"] = lambda: guest.snp_calc_launch_digest(
             2,
@@ -231,6 +260,8 @@ def _measure(
             False,
         )
     found = time_functions(functions, rounds)
+    words = [str(file), "--platform", kind, "--vcpus", "2", "--cpu", CPU]
+    found["igvmfw"].peak = memory(bench.igvmfw, "measure", *words)
     if kind is Platform.SEV_SNP:
         found["igvmmeasure's algorithm"] = crate_times("--time-measure", file, rounds)
     title = f"{kind}, {len(pages) / (1 << 20):.1f} MiB of pages ({name})"
@@ -244,6 +275,11 @@ def _measure(
                 value=statistics.median(values),
                 bound=1.3,
                 shown=f"{spread(values)} times ({len(pages) >> 20} MiB)",
+                otherwise=f"the two calls of hashlib a page, which the chain is made of, take "
+                f"{spread(ratios(found[CHAIN], found[limit]))} times by themselves.  Tried: two "
+                "threads (hashlib lets others run meanwhile, but for 4 KiB the change takes "
+                "longer than it gains), Python's own SHA-384 (half as fast), the chain's records "
+                "put together by other means (nothing to see)",
             )
         )
         values = ratios(found["igvmfw"], found["igvmmeasure's algorithm"])

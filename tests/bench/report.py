@@ -28,12 +28,16 @@ def spread(values: Sequence[float]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Goal:
-    """What was to be reached: a ratio or a figure, and the bound below which it should stay."""
+    """What was to be reached: a ratio or a figure, and the bound below which it should stay.
+
+    `otherwise` says why it may not be reached, and what was tried.
+    """
 
     text: str
     value: float
     bound: float
     shown: str
+    otherwise: str = ""
 
     @property
     def met(self) -> bool:
@@ -42,7 +46,8 @@ class Goal:
 
     def line(self) -> str:
         """Its row in the table of goals."""
-        return f"| {self.text} | {self.shown} | {'met' if self.met else '**not met**'} |"
+        verdict = "met" if self.met else f"**not met** {self.otherwise}".rstrip()
+        return f"| {self.text} | {self.shown} | {verdict} |"
 
 
 def table(samples: Mapping[str, Samples], base: str, *, of: str = "") -> Iterator[str]:

@@ -6,10 +6,14 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from igvmfw.check import MAX_CONTEXTS, check_image, refuses
 from igvmfw.cli import main
 from igvmfw.igvm.builder import ImageBuilder
 from igvmfw.igvm.headers import Madt, ParameterArea
+from igvmfw.igvm.image import IgvmFile
+from igvmfw.igvm.spec import SEV_VMSA_GPA
 from igvmfw.platforms import Platform
+from igvmfw.qemu.acceptance import RELEASES
 from tests.igvm import samples
 
 SCHEMA = Path(__file__).parents[2] / "schemas" / "check.json"
@@ -107,3 +111,17 @@ def test_an_emulator_is_asked(
     out = capsys.readouterr().out
     assert "QEMU 1" in out
     assert code == int("10.2" in out)
+
+
+def test_more_contexts_than_any_guest_has_vcpus_are_not_all_judged() -> None:
+    builder = ImageBuilder()
+    builder.add(samples.platform(Platform.SEV_ES, 1))
+    for _ in range(MAX_CONTEXTS + 1000):
+        builder.add_vp_context(1, 0, bytes(4096), gpa=SEV_VMSA_GPA)
+    findings = check_image(IgvmFile.parse(builder.build()), Platform.SEV_ES, RELEASES[1])
+    judged = [finding for finding in findings if finding.rule == "vmsa-measured"]
+    assert len(judged) == MAX_CONTEXTS
+    assert [finding.header_index for finding in findings if finding.rule == "context-index"] == [
+        MAX_CONTEXTS + 1
+    ]
+    assert refuses(findings)

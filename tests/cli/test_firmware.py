@@ -287,15 +287,20 @@ def test_uninstall_keeps_what_is_not_igvmfws(run: Run, root: Path) -> None:
 # refresh
 
 
-def test_a_missing_file_is_named_once(
+def test_a_missing_file_is_named_once_and_as_it_was(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("nowhere.igvm", f"{tmp_path}/nowhere.igvm"):
-        for command in ("describe", "install"):
-            code, _, err = run(command, name)
-            assert code == 3
-            assert err.startswith(f"igvmfw: error: {name}: cannot read: No such file")
+    for command in ("describe", "install"):
+        code, _, err = run(command, "absent.igvm")
+        assert code == 3
+        assert err.startswith("igvmfw: error: absent.igvm: cannot read: No such file")
+
+
+def test_a_name_may_end_as_a_descriptors_does(run: Run, root: Path) -> None:
+    code, out, _ = run("install", "--root", root, "--name", "ours.json", file_in(root))
+    assert code == 0
+    assert "/65-ours.json " in out
 
 
 def test_refresh(run: Run, root: Path) -> None:

@@ -1,5 +1,6 @@
 """inspect, measure and wrap as they are typed: results, and what a tired person gets wrong."""
 
+import gc
 import hashlib
 import json
 import os
@@ -123,6 +124,25 @@ def test_one_bad_file_hides_no_other(run: Run, file: Path, tmp_path: Path) -> No
     assert code == 3
     assert "sev-snp" in out
     assert str(missing) in err
+
+
+@pytest.mark.parametrize(
+    "words", [["inspect"], ["inspect", "--json"], ["measure"], ["check"], ["describe"]]
+)
+def test_a_file_is_let_go_when_it_was_read(
+    run: Run, words: list[str], file: Path, ovmf: Path, tmp_path: Path
+) -> None:
+    """At once, and not when the collector comes: of a thousand files one is in memory."""
+    path = tmp_path / "own.igvm"
+    assert run("wrap", ovmf, "-o", path, "--platform", "sev")[0] == 0
+    gc.collect()
+    gc.disable()
+    try:
+        for each in (path, file):
+            run(*words, each, *(["--platform", "sev"] if words == ["measure"] else []))
+            assert each.name not in Path("/proc/self/maps").read_text()
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("platform", ["sev", "sev-es", "sev-snp"])

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from igvmfw.platforms import Platform
 from tests.cli.commands import Run, checked, file_in, one_line, put
+from tests.igvm import samples
 
 
 def state_of(out: str, name: str) -> str:
@@ -176,3 +178,84 @@ def test_list_for_what_is_no_request(
 
 
 # hostile input, for every command
+
+
+@pytest.mark.parametrize(
+    "mapping",
+    [
+        {"filename": ""},
+        {"filename": "/a\0b"},
+        {
+            "filename": "/a",
+            "x-vtpm-storage": {"interface": "pflash", "format": "raw", "size-bytes": 4096.0},
+        },
+    ],
+)
+def test_what_list_calls_broken_is_not_valid(
+    mapping: dict[str, object], run: Run, root: Path
+) -> None:
+    (root / "etc/qemu/firmware").mkdir(parents=True)
+    path = put(root / "etc/qemu/firmware/10-odd.json", mapping={"device": "igvm", **mapping})
+    _, _, warned = run("list", "--root", root)
+    code, out, _ = run("validate", path)
+    assert code == 1
+    assert out == warned.splitlines()[0].removeprefix("igvmfw: warning: ") + "\n"
+
+
+FORGED = "x\nigvmfw: error: not true\x1b[31m.igvm"
+
+
+def test_a_files_name_forges_no_line(run: Run, root: Path) -> None:
+    forged = root / "usr/share/igvm" / FORGED
+    forged.write_bytes(file_in(root).read_bytes())
+    for words in (["refresh", "--root", root], ["inspect", forged], ["describe", forged]):
+        _, out, err = run(*words)
+        assert "not true\\x1b" in out + err
+        assert "\nigvmfw: error: not true" not in out + err
+    written = [path.name for path in (root / "usr/share/qemu/firmware").iterdir()]
+    assert written == ["70-igvm-ovmf-sev.json"]  # QEMU cannot be given the other one
+
+
+@pytest.mark.parametrize("name", ["usr/share/igvm/ovmf-sev.igvm", f"/usr/share/igvm/{FORGED}"])
+def test_a_descriptor_whose_file_qemu_cannot_get_hides_no_other(
+    name: str, run: Run, root: Path, tmp_path: Path
+) -> None:
+    run("install", "--root", root, file_in(root))
+    (root / "usr/share/igvm" / FORGED).write_bytes(file_in(root).read_bytes())
+    put(root / "etc/qemu/firmware/10-odd.json", mapping={"device": "igvm", "filename": name})
+    xml = domain(tmp_path / "plain.xml")
+    code, out, err = run("list", "--root", root, "--for", xml)
+    assert code == 0, err
+    first, second = out.splitlines()
+    assert first.startswith("  10-odd.json: the path ")
+    assert second.startswith("* 65-ovmf-sev.json: chosen")
+    code, out, _ = run("list", "--root", root)
+    assert len(out.splitlines()) == 3
+    code, out, _ = run("rewrite", "--root", root, xml)
+    assert code == 0
+    assert "/usr/share/igvm/ovmf-sev.igvm" in out
+
+
+def test_a_plain_domain_gets_the_first_file_that_is_for_it(
+    run: Run, root: Path, tmp_path: Path
+) -> None:
+    """A descriptor cannot say that its file is not for plain guests; the file can."""
+    snp = file_in(root).with_name("snp.igvm")
+    snp.write_bytes(samples.small(Platform.SEV_SNP))
+    run("install", "--root", root, "--interface", "uefi", snp)
+    xml = domain(tmp_path / "plain.xml")
+    code, out, err = run("rewrite", "--root", root, xml)
+    assert (code, out) == (1, "")
+    assert "65-snp.json: native is none of its file's platforms" in err
+    code, out, _ = run("list", "--root", root, "--for", xml)
+    assert (code, out) == (1, "  65-snp.json: native is none of its file's platforms\n")
+    run("install", "--root", root, "--name", "zz", file_in(root))
+    code, out, err = run("rewrite", "--root", root, xml)
+    assert code == 0, err
+    assert "/usr/share/igvm/ovmf-sev.igvm" in out
+    code, out, _ = run("list", "--root", root, "--for", xml)
+    assert code == 0
+    assert out.splitlines() == [
+        "  65-snp.json: native is none of its file's platforms",
+        "* 65-zz.json: chosen, /usr/share/igvm/ovmf-sev.igvm",
+    ]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 
 from igvmfw.igvm.wrap import wrap
 from igvmfw.platforms import Platform
+from tests.igvm import samples
 from tests.qemu.test_descriptor import igvm_document
+from tests.virt import domains
 
 IGVMFW = f"{sys.executable} -m igvmfw"
 FULL = "igvmfw: error: standard output: cannot write: No space left on device (check where it goes"
@@ -166,3 +169,44 @@ def test_quiet_drops_notes_alone(folder: Path) -> None:
     assert loud.stderr.startswith(b"igvmfw: warning: missing.igvm: ")
     assert loud.stdout
     assert shell(f"{IGVMFW} -q inspect missing.igvm", folder).stderr.startswith(b"igvmfw: error: ")
+
+
+WRITING = ["wrap", "describe", "rewrite", "map"]
+
+
+def writing(command: str, tmp_path: Path, output: Path) -> list[str]:
+    """The command that writes a file of its kind to some place."""
+    image, firmware, domain = (tmp_path / name for name in ("a.igvm", "raw.fd", "domain.xml"))
+    image.write_bytes(samples.small())
+    firmware.write_bytes(bytes(4096))
+    domain.write_text(domains.EFI)
+    words = {
+        "wrap": ["wrap", firmware, "-o", output],
+        "describe": ["describe", "--interface", "uefi", image, "-o", output],
+        "rewrite": ["rewrite", domain, "-o", output],
+        "map": ["inspect", "--map", output, image],
+    }[command]
+    return [sys.executable, "-m", "igvmfw", *map(str, words)]
+
+
+@pytest.mark.parametrize("command", WRITING)
+def test_a_pipe_or_device_takes_the_output_and_stays(command: str, tmp_path: Path) -> None:
+    """As root a command told to write to /dev/null would else put a file in its place."""
+    whole, pipe = tmp_path / "whole.svg", tmp_path / "pipe.svg"
+    subprocess.run(writing(command, tmp_path, whole), check=True, capture_output=True)
+    os.mkfifo(pipe)
+    with subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE) as reader:
+        subprocess.run(writing(command, tmp_path, pipe), check=True, capture_output=True)
+        assert reader.communicate(timeout=60)[0] == whole.read_bytes()
+    assert stat.S_ISFIFO(pipe.lstat().st_mode)
+
+
+@pytest.mark.parametrize("command", WRITING)
+def test_a_link_stays_one_and_what_it_leads_to_is_written(command: str, tmp_path: Path) -> None:
+    link, target = tmp_path / "link.svg", tmp_path / "there"
+    link.symlink_to(target)
+    for _ in range(2):  # a new file, and an old one
+        subprocess.run(writing(command, tmp_path, link), check=True, capture_output=True)
+        assert link.is_symlink()
+        assert target.stat().st_size
+        target.write_bytes(b"")

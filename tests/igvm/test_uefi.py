@@ -2,6 +2,9 @@
 
 import json
 import lzma
+import struct
+import subprocess
+import sys
 import uuid
 from pathlib import Path
 
@@ -110,6 +113,35 @@ def test_bombs_are_cut_off() -> None:
     found = find_facts(nested)
     assert found is not None
     assert not found.variable_service
+
+
+def overlapping(count: int, size: int) -> bytes:
+    """Damaged volumes that begin one behind the other, and all hold the same file to the end."""
+    data = bytearray(size)
+    shared, last = count * 128, size - 24
+    for start in range(0, shared, 128):
+        data[start + 16 : start + 56] = struct.pack(
+            "<16sQ4sIHHHBB", bytes(16), size - start, b"_FVH", 0, 56, 0, 0, 0, 2
+        )
+        length = (shared - start - 56).to_bytes(3, "little")
+        data[start + 56 : start + 80] = struct.pack("<16sHBB3sB", bytes(16), 0, 1, 0, length, 0)
+    length = (last - shared).to_bytes(3, "little")
+    data[shared : shared + 24] = struct.pack("<16sHBB3sB", bytes(16), 0, 0x0B, 0, length, 0)
+    data[shared + 24 : shared + 28] = (last - shared - 24).to_bytes(3, "little") + b"\x17"
+    data[last + 19] = 1  # a large file, whose size would lie behind the end
+    return bytes(data)
+
+
+def test_what_lies_within_many_volumes_is_not_searched_once_for_each(tmp_path: Path) -> None:
+    """The kernel ends a search that takes long: 8,000 times 15 MiB."""
+    path = tmp_path / "overlapping"
+    path.write_bytes(overlapping(8000, 15 << 20))
+    program = (
+        "import resource, sys; from igvmfw.igvm.uefi import find_facts\n"
+        "resource.setrlimit(resource.RLIMIT_CPU, (20, 20))\n"
+        "assert find_facts(open(sys.argv[1], 'rb').read()) is None"
+    )
+    subprocess.run([sys.executable, "-c", program, str(path)], check=True)
 
 
 @given(st.data())

@@ -1,7 +1,9 @@
 """Wrapping, judged by igvm-inspect, igvm-wrap and sev-snp-measure."""
 
 import contextlib
+import struct
 import subprocess
+import uuid
 from collections import Counter
 from pathlib import Path
 
@@ -208,6 +210,31 @@ def test_a_platform_without_its_tables_is_refused() -> None:
     for wrong in ([], [Platform.TDX], [SEV, SEV]):
         with pytest.raises(UsageError):
             wrap(blank, wrong)
+
+
+def with_sections(*sections: tuple[int, int, int]) -> bytes:
+    """Firmware of which there is nothing but its table, with a list of SEV sections."""
+    image = bytearray(1 << 20)
+    place, end = 0x1000, len(image) - 32
+    body = struct.pack("<4sIII", b"ASEV", 16 + 12 * len(sections), 1, len(sections))
+    body += b"".join(struct.pack("<III", *section) for section in sections)
+    image[place : place + len(body)] = body
+    metadata, footer = (
+        uuid.UUID(text).bytes_le
+        for text in ("dc886566-984a-4798-a75e-5585a7bf67cc", "96b582de-1fb2-45f7-baea-a366c55a082d")
+    )
+    table = struct.pack("<IH16sH16s", len(image) - place, 22, metadata, 40, footer)
+    image[end - len(table) : end] = table
+    return bytes(image)
+
+
+def test_firmware_cannot_ask_for_memory_without_bounds() -> None:
+    """A section of 12 bytes names megabytes, each page of which would become a header."""
+    secrets = (0x80_0000, 0x1000, 2)
+    IgvmFile.parse(wrap(with_sections(secrets, (0x100_0000, 2 << 20, 1)), [SNP]))
+    many = ((index * (2 << 20), 2 << 20, 1) for index in range(40))
+    with pytest.raises(FirmwareError, match="more than firmware needs"):
+        wrap(with_sections(secrets, *many), [SNP])
 
 
 def test_damaged_tables_are_refused_or_ignored_but_never_crash(ovmf_bytes: bytes) -> None:

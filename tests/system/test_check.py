@@ -109,9 +109,38 @@ def snp(add: Callable[..., None]) -> Callable[..., None]:
     return with_policy
 
 
+def pages(*addresses: int) -> Callable[..., None]:
+    def add(builder: ImageBuilder) -> None:
+        for address in addresses:
+            builder.add_page(address, 1, samples.PAGE)
+
+    return add
+
+
+def both(*adders: Callable[..., None]) -> Callable[..., None]:
+    def add(builder: ImageBuilder) -> None:
+        for each in adders:
+            each(builder)
+
+    return add
+
+
+def with_tail(builder: ImageBuilder) -> None:
+    vmsa = bytearray(reset_vmsa(RESET_ADDRESS, sev_features=1).content)
+    vmsa[0x670] = 1  # behind what libigvm has in a VMSA
+    builder.add_vp_context(1, 0, vmsa, gpa=SEV_VMSA_GPA)
+
+
 AREA = ParameterArea(4096, 0)
+REQUIRED = RequiredMemory(0x10_0000, 1, 4096)
+HIGH = ParameterInsert(0x3F_F000, 1, 0)
+LARGE = PageDataFlags.IS_2MB_PAGE
 INSERT = ParameterInsert(0x10_0000, 1, 0)
 ID_BLOCK = SnpIdBlock.parse(b"\1" + bytes(SnpIdBlock.LAYOUT.size - 1))
+
+LATE = both(pages(0x10_0000, 0x5000), adding(REQUIRED))
+EARLY = both(adding(REQUIRED), pages(0x10_0000, 0x5000))
+PENDING = both(pages(0x5000, 0x10_0000), adding(REQUIRED))  # loaded when the next region begins
 
 CASES = [
     Case("", NATIVE, adding(AREA, MemoryMap(0, 0), VpCount(0, 4092), INSERT), None),
@@ -126,6 +155,8 @@ CASES = [
     Case("header-unknown", NATIVE, adding(AREA, DeviceTree(0, 0)), "Unknown header type"),
     Case("header-unknown", NATIVE, adding(ErrorRange(0x1000, 1, 4096)), "type 0x30D"),
     Case("unparsable", NATIVE, adding(VersionString(b"1")), "Unable to parse IGVM file"),
+    Case("unparsable", SNP, snp(with_tail), "Unable to parse IGVM file"),
+    Case("", NATIVE, adding(ErrorRange(0x1000, 0, 4096)), None),
     Case("parameter-outside", NATIVE, adding(AREA, VpCount(0, 4093)), None, run=False),
     Case("parameter-outside", NATIVE, adding(AREA, EnvironmentInfo(0, 1 << 31)), None, run=False),
     Case("parameter-offset", NATIVE, adding(AREA, MemoryMap(0, 64), INSERT), None),
@@ -140,10 +171,29 @@ CASES = [
         "memory-border", NATIVE, adding(ParameterArea(8192, 1), ParameterInsert(0x1FFF_F000, 1, 1)),
         "region size exceeded",
     ),
+    Case("memory-border", NATIVE, pages(0x1FFF_F000, 0x2000_0000), "region size exceeded"),
+    Case("memory-low", NATIVE, page(0xA_0000), None),
+    Case("memory-low", NATIVE, pages(0xB_F000, 0xC_0000), None),
+    Case("required-sev", SEV, adding(REQUIRED), "failed to configure required memory"),
+    Case("required-sev", SEV_ES, adding(REQUIRED), "failed to configure required memory"),
+    Case("required-empty", SNP, snp(adding(RequiredMemory(0x10_0000, 1, 0))), "required memory"),
+    Case("required-empty", NATIVE, adding(RequiredMemory(0x4000_0000, 1, 0)), "Assertion"),
+    Case("required-late", SNP, snp(LATE), None, run=False),
+    Case("required-late", SNP, snp(adding(AREA, INSERT, REQUIRED)), None, run=False),
+    Case("required-vtl", NATIVE, adding(RequiredMemory(0x10_0000, 1, 4096, 1)), None),
+    Case("", SNP, snp(EARLY), None),
+    Case("", SNP, snp(PENDING), None),
     Case("memory-required", NATIVE, adding(RequiredMemory(0x2000_0000, 1, 0x10_0000)), None),
     Case("page-type-native", NATIVE, page(kind=PageDataType.SECRETS), None),
     Case("page-twice", NATIVE, page(0x5000, times=2), None),
     Case("page-twice", SEV, page(0x5000, times=2), None, run=False),
+    Case("page-twice", NATIVE, both(page(0x10_0000), adding(AREA, INSERT)), None),
+    Case("page-twice", NATIVE, both(adding(AREA, HIGH), page(0x20_0000, LARGE)), None),
+    Case("page-twice", SNP, snp(both(adding(AREA, INSERT), page(0x10_0000))), None, run=False),
+    Case(
+        "page-twice", NATIVE,
+        adding(AREA, ParameterArea(8192, 1), INSERT, ParameterInsert(0xF_F000, 1, 1)), None,
+    ),
     Case("page-shared", SEV, page(0x5000, flags=PageDataFlags.SHARED), None),
     Case("page-type", SEV, page(0x5000, kind=PageDataType.SECRETS), "SEV-SNP is not supported"),
     Case("page-type", SEV_ES, page(kind=PageDataType.CPUID_DATA), "SEV-SNP is not supported"),
@@ -164,6 +214,7 @@ CASES = [
     Case("id-block-twice", SNP, snp(adding(ID_BLOCK, ID_BLOCK)), "Multiple ID blocks"),
     Case("policy-ignored", SEV, adding(GuestPolicy(3, 1)), None),
     Case("policy-missing", SNP, page(0x5000), None, run=False, fine_since=(11, 0)),
+    Case("policy-missing", SNP, adding(ID_BLOCK), None, run=False),
     Case("policy-invalid", SNP, adding(GuestPolicy(0, 1)), None, run=False, fine_since=(11, 0)),
     Case("policy-invalid", SNP, adding(GuestPolicy(1, 1)), None, run=False),
 ]  # fmt: skip

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from igvmfw.errors import RefusedError
+from igvmfw.igvm.builder import ImageBuilder
+from igvmfw.igvm.headers import GuestPolicy, RequiredMemory
 from igvmfw.igvm.image import IgvmFile
 from igvmfw.igvm.measure import Vmm, launch_digest, launch_updates, launch_vmsas
 from igvmfw.igvm.wrap import wrap
@@ -94,6 +97,46 @@ def test_digest_is_the_launch_records(
         assert [vcpu.page for vcpu in record.vcpus] == [vmsa.content for vmsa in vmsas]
     assert record.digest is not None
     assert record.digest == launch_digest(parsed, platform, vcpus=vcpus, cpu_signature=cpu)
+
+
+def with_required(*, after: bool, pending: bool = False) -> bytes:
+    """A SEV-SNP file with required memory before or after the page in it."""
+    builder = ImageBuilder()
+    builder.add(samples.platform(Platform.SEV_SNP, 1))
+    builder.add(GuestPolicy(0x30000, 1))
+    addresses = (0x5000, 0x10_0000) if pending else (0x10_0000, 0x5000)
+    if not after:
+        builder.add(RequiredMemory(0x10_0000, 1, 0x4000))
+    for gpa in addresses:
+        builder.add_page(gpa, 1, samples.PAGE)
+    if after:
+        builder.add(RequiredMemory(0x10_0000, 1, 0x4000))
+    return builder.build()
+
+
+@pytest.mark.parametrize("release", ["10.2", "11.0"])
+@pytest.mark.parametrize(
+    ("after", "pending", "discarded"),
+    [(False, False, False), (True, True, False), (True, False, True)],
+)
+def test_required_memory_discards_what_was_loaded_before(
+    after: bool, pending: bool, discarded: bool, release: str, dev_sev: None, tmp_path: Path
+) -> None:
+    """QEMU launches zeroes then, so that no digest of the file's contents would be the launch's."""
+    qemu = printed("build-qemu.sh", release)
+    need(qemu.exists(), f"QEMU {release} with IGVM support")
+    file = tmp_path / "guest.igvm"
+    file.write_bytes(with_required(after=after, pending=pending))
+    image = IgvmFile.parse(file.read_bytes())
+    record = launch(make_emulator(tmp_path, qemu), file, Platform.SEV_SNP, 1, tmp_path)
+    (page,) = [update.data for update in record.updates if update.gpa == 0x10_0000]
+    assert any(page) != discarded
+    if discarded:
+        with pytest.raises(RefusedError, match="QEMU launches zeroes"):
+            launch_digest(image, Platform.SEV_SNP, cpu_signature=signature(CPU))
+    else:
+        own = launch_digest(image, Platform.SEV_SNP, cpu_signature=signature(CPU))
+        assert record.digest == own
 
 
 def test_one_changed_byte_changes_the_digest(

@@ -173,6 +173,8 @@ install_qemu() {
     install -D -s "$work/build/qemu-system-x86_64" "$work/installed/bin/qemu-system-x86_64"
     install -D -m 644 "$work/qemu/docs/interop/firmware.json" \
         "$work/installed/share/igvmfw/firmware.json"
+    install -D -m 644 -t "$work/installed/share/igvmfw/descriptors" \
+        "$work"/qemu/pc-bios/descriptors/*.json
     takes_igvm "$work/installed/bin/qemu-system-x86_64"
     mv "$work/installed" "$prefix"
 }
