@@ -213,8 +213,8 @@ def test_a_platform_without_its_tables_is_refused() -> None:
 
 
 def with_sections(*sections: tuple[int, int, int]) -> bytes:
-    """Firmware of which there is nothing but its table, with a list of SEV sections."""
-    image = bytearray(1 << 20)
+    """Firmware of nothing but a first instruction and its table, with a list of SEV sections."""
+    image = bytearray((1 << 20) - 16) + b"\xf4" * 16  # hlt
     place, end = 0x1000, len(image) - 32
     body = struct.pack("<4sIII", b"ASEV", 16 + 12 * len(sections), 1, len(sections))
     body += b"".join(struct.pack("<III", *section) for section in sections)
