@@ -17,7 +17,6 @@ import zlib
 from igvmfw.errors import RefusedError
 
 MAGIC = b"CCFSMKFS"
-FORMATTED = b"COCOONFS"
 SALT_SIZE = 16  # bytes; any up to 255, to tell images and their keys apart
 _VERSION = 1
 _UNIT = 128  # bytes of an allocation block

@@ -35,8 +35,9 @@ def describe_file(
         tags: Tags for the descriptor, before the one that says which file was described.
     Raises:
         InputError: The file is missing, unreadable, damaged, or not below `root`.
-        RefusedError: As `describe`, or the file has a name that QEMU cannot be given.
-        UsageError: As `describe`.
+        RefusedError: No QEMU takes such a file, or it has a name that QEMU cannot be given.
+        UsageError: Something has to be stated that the file cannot tell, or what is stated is not
+            among what firmware.json knows.
     """
     inner = rooted.inner(root, path)
     try:

@@ -79,7 +79,14 @@ def read_text(path: Path | str, *, limit: int = MAX_TEXT) -> bytes:
         with mapped(path) as view:
             data = bytes(view[: limit + 1])
     if len(data) > limit:
-        raise InputError(f"larger than {limit} bytes", where=str(path))
+        from igvmfw.kinds import kind_of  # only what goes wrong has to pay for it
+
+        kind = kind_of(data)
+        raise InputError(
+            f"larger than {limit} bytes",
+            where=str(path),
+            hint=f"is it the right file? It is {kind.name}" if kind else "is it the right file?",
+        )
     return data
 
 

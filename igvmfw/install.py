@@ -294,7 +294,7 @@ def locked(place: Place, *, create: bool) -> Iterator[None]:
         raise OutputError(
             f"cannot write: {error.strerror or error}",
             where=str(place.directory),
-            hint="run it as root, or install with --user",
+            hint="run it as root; 'igvmfw install --user' needs none",
         ) from None
     try:
         yield

@@ -173,7 +173,8 @@ def create(
         paused: Leave the processors stopped.
         validate: Let libvirt check the XML against its schema.
     Raises:
-        IgvmfwError: Whatever `check_start` finds, before libvirt is asked.
+        IgvmfwError: What would make the start fail, or launch something else than was chosen, as
+            the hook finds it, before libvirt is asked.
         OutputError: The vTPM's state cannot be made.
         RefusedError: Something else is in the place of the state.
         LibvirtError: libvirt or QEMU refuses it.
@@ -225,7 +226,8 @@ def start(
         force_boot: Drop a saved state and boot anew.
         warn: Gets what does not stop the start, such as a changed file, or another host.
     Raises:
-        IgvmfwError: Whatever `check_start` finds, before libvirt is asked.
+        IgvmfwError: What would make the start fail, or launch something else than was chosen, as
+            the hook finds it, before libvirt is asked.
         LibvirtError: There is no such domain, or libvirt or QEMU refuses it.
     """
     native = connection.find(name)

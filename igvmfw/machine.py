@@ -94,7 +94,6 @@ class Machine:
         processor: /proc/cpuinfo's fields of the first processor; None where it cannot be read.
         cpuid: What the processor itself says; None where it cannot be asked.
         cpuid_problem: Why it cannot.
-        kvm: Whether KVM is in the kernel.
         kvm_amd: Whether KVM for AMD's processors is.
         parameters: kvm_amd's switches, by name; a name is missing where the kernel knows it not.
         ccp: Whether the driver of AMD's secure processor is in the kernel.
@@ -107,7 +106,6 @@ class Machine:
     processor: Mapping[str, str] | None = None
     cpuid: Cpuid | None = None
     cpuid_problem: str | None = None
-    kvm: bool = False
     kvm_amd: bool = False
     parameters: Mapping[str, Text]
     ccp: bool = False
@@ -144,7 +142,6 @@ def look(root: Path = Path("/")) -> Machine:
         processor=_processor(_read(root / "proc/cpuinfo").text),
         cpuid=cpuid,
         cpuid_problem=problem,
-        kvm=(root / "sys/module/kvm").is_dir(),
         kvm_amd=(root / _MODULE).is_dir(),
         parameters=_parameters(root),
         ccp=(root / "sys/module/ccp").is_dir(),

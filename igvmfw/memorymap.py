@@ -15,12 +15,12 @@ from igvmfw.igvm.landmarks import named_regions
 from igvmfw.igvm.payload import Payload
 from igvmfw.igvm.regions import Region, RegionKind
 from igvmfw.igvm.spec import PAGE_SIZE
-from igvmfw.igvm.summary import RESET_ENTRY, Summary, summarize
+from igvmfw.igvm.summary import RESET_ENTRY, Summary, entries_text, summarize
 from igvmfw.platforms import Platform
 from igvmfw.report import payload_text, size_text
 
 MAX_ROWS = 200  # more are counted, not shown; real files have below 40
-MAX_ENTRIES = 3  # virtual processors whose start is told
+MAX_ENTRIES = 3  # starts of virtual processors that are told
 
 
 class KindText(NamedTuple):
@@ -132,10 +132,10 @@ def _column(image: IgvmFile, summary: Summary, payload: Payload) -> Column:
     platform = summary.platform
     policy = "" if summary.policy is None else f", policy 0x{summary.policy:x}"
     verb = "loaded" if platform is Platform.NATIVE else "measured"
-    entries = [f"vCPU {context.vp_index}: {context.entry}" for context in summary.contexts]
+    entries = list(entries_text(summary.contexts))
     more = len(entries) - MAX_ENTRIES
     if more > 0:
-        entries[MAX_ENTRIES:] = [f"{more} more vCPUs"]
+        entries[MAX_ENTRIES:] = [f"{more} more start{'s' * (more > 1)} elsewhere"]
     return Column(
         platform=platform,
         regions=named_regions(image, platform, payload),

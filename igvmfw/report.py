@@ -18,7 +18,14 @@ from igvmfw.igvm.spec import (
     section_of,
     type_name,
 )
-from igvmfw.igvm.summary import RESET_ENTRY, Summary, context_registers, data_size, summarize
+from igvmfw.igvm.summary import (
+    RESET_ENTRY,
+    Summary,
+    context_registers,
+    data_size,
+    entries_text,
+    summarize,
+)
 from igvmfw.platforms import Platform
 
 _Masks = tuple[tuple[Platform, int], ...]  # a file's platforms with their compatibility masks
@@ -199,8 +206,8 @@ def _summary_lines(summary: Summary) -> Iterator[str]:
         yield f"    parameters   {', '.join(summary.parameters)}"
     if not summary.contexts:
         yield f"    entry        {RESET_ENTRY}"
-    for context in summary.contexts:
-        yield f"    entry        vCPU {context.vp_index}: {context.entry}"
+    for line in entries_text(summary.contexts):
+        yield f"    entry        {line}"
 
 
 def page_runs(image: IgvmFile) -> Iterator[str]:

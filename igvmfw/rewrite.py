@@ -185,7 +185,7 @@ def as_request(domain: Domain) -> Domain:
 
 
 def restore(domain: Domain) -> Domain:
-    """The domain as it was before `rewrite`, and before `convert`; any other domain as it is.
+    """The domain as it was before `prepare`, and before `convert`; any other domain as it is.
 
     Args:
         domain: Such as libvirt has it.

@@ -221,7 +221,7 @@ def verify(
         name: Its ID, UUID or name.
         path: The owner's copy of the file; None takes the one that the domain was given.
         tik: The owner's key, 16 bytes; without it nothing is verified.
-        cpu: The guest's CPU model, as `cpus.signature` takes it; None takes the domain's.
+        cpu: The guest's CPU model, as `cpu_signature` takes it; None takes the domain's.
     Raises:
         RefusedError: The domain has no measurement, or cannot have been launched from the file.
         InputError: The file cannot be read, or is damaged.

@@ -4,6 +4,7 @@ Everything happens below .demo/ in the checkout, which each run makes anew; only
 builds is kept, in the cache.
 """
 
+import contextlib
 import io
 import os
 import re
@@ -12,7 +13,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from tests.testbed.cache import printed
@@ -21,12 +24,12 @@ from tests.testbed.standin import DEVICE, make_emulator
 CHECKOUT = Path(__file__).resolve().parent.parent
 DEMO = CHECKOUT / ".demo"
 ROOT = DEMO / "root"
-LIBVIRT = DEMO / "v"  # short: QEMU's monitor socket goes below it
+LIBVIRT = DEMO / "v"
+ROOM = 60  # bytes for libvirt's directory: QEMU's sockets lie up to 45 below it, Linux takes 107
 IMAGE = ROOT / "usr/share/igvm/OVMF.igvm"
 OVMF = Path("/usr/share/ovmf/OVMF.fd")
 # the boot manager's last word: with a boot option (OVMF has a shell of its own), or without
 BOOT_MANAGER = re.compile(r"BdsDxe: (?:starting Boot\w+|No bootable option)[^\r\n\x1b]*")
-URI = f"qemu:///embed?root={LIBVIRT}"
 
 NATIVE = """\
 <domain type='qemu'>
@@ -77,7 +80,7 @@ def step(title: str) -> None:
 def igvmfw(*words: str | Path, quiet: bool = False) -> str:
     """Run a command of igvmfw as a person would; its output is shown and returned."""
     command = ["igvmfw", *map(str, words)]
-    shown = [word.replace(f"{CHECKOUT}/", "") for word in command]
+    shown = [word.removeprefix(f"{CHECKOUT}/") for word in command]
     print(f"$ {shlex.join(shown)}")
     program = Path(sys.executable).with_name("igvmfw")
     done = subprocess.run(
@@ -88,6 +91,21 @@ def igvmfw(*words: str | Path, quiet: bool = False) -> str:
     if done.returncode:
         sys.exit(f"demo: the command failed with exit status {done.returncode}")
     return done.stdout
+
+
+@contextlib.contextmanager
+def embedded() -> Iterator[str]:
+    """The URI of libvirt's embedded driver; by way of a link where the checkout lies too deep."""
+    LIBVIRT.mkdir()
+    with tempfile.TemporaryDirectory(prefix="igvmfw-") as near:
+        way = LIBVIRT
+        if len(os.fsencode(LIBVIRT)) > ROOM:
+            way = Path(near) / "v"
+            way.symlink_to(LIBVIRT)
+        try:
+            yield f"qemu:///embed?root={way}"
+        finally:
+            end_guests()
 
 
 def end_guests() -> None:
@@ -130,7 +148,7 @@ def firmware() -> None:
     igvmfw("list", "--root", ROOT)
 
 
-def native_guest(emulator: Path) -> None:
+def native_guest(uri: str, emulator: Path) -> None:
     """A plain guest, up to its firmware's last line."""
     serial = DEMO / "serial.log"
     domain = DEMO / "demo.xml"
@@ -138,13 +156,13 @@ def native_guest(emulator: Path) -> None:
     step("A domain asks for firmware='igvm': what unmodified libvirt gets instead")
     igvmfw("rewrite", "--root", ROOT, "--diff", domain)
     step("Defined and started by libvirt's embedded driver (TCG, as on any machine)")
-    igvmfw("define", "-c", URI, "--root", ROOT, domain)
-    igvmfw("start", "-c", URI, "demo")
+    igvmfw("define", "-c", uri, "--root", ROOT, domain)
+    igvmfw("start", "-c", uri, "demo")
     print("waiting for the firmware (about 20 s) …")
     print(boot_manager(serial))
 
 
-def sev_es_guest(qemu: Path) -> None:
+def sev_es_guest(uri: str, qemu: Path) -> None:
     """A SEV-ES guest on the stand-in host, up to its measurement."""
     step("A SEV-ES guest with 2 vCPUs, on a stand-in for a SEV host")
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
@@ -160,7 +178,7 @@ def sev_es_guest(qemu: Path) -> None:
         emulator = make_emulator(DEMO / "sev", qemu)
         domain = DEMO / "demo-sev-es.xml"
         domain.write_text(SEV_ES.format(emulator=emulator.path))
-        igvmfw("create", "-c", URI, "--root", ROOT, "--paused", domain)
+        igvmfw("create", "-c", uri, "--root", ROOT, "--paused", domain)
         record = emulator.wait_for("measure")
         step("What QEMU handed over to be measured, recorded by the stand-in")
         print(f"operations    {' '.join(record.operations)}")
@@ -194,12 +212,10 @@ def main() -> None:
     DEMO.mkdir()
     started = time.monotonic()
     print(f"QEMU with IGVM support: {qemu}")
-    try:
-        firmware()
-        native_guest(qemu)
-        sev_es_guest(qemu)
-    finally:
-        end_guests()
+    firmware()
+    with embedded() as uri:
+        native_guest(uri, qemu)
+        sev_es_guest(uri, qemu)
     print(f"\nEverything above is in {DEMO}; it took {time.monotonic() - started:.0f} s.")
     print(f"The guest's firmware: {boot_manager(DEMO / 'serial.log')}")
 

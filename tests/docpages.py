@@ -25,7 +25,8 @@ SHELL = ("sh", "console")
 _FENCE = re.compile(r"( *)```(\S*)\s*$")
 _REMARK = re.compile(r"\s*(?:<!--|\.\.) (file|not run|setup): (.*?)(?: -->)?\s*$")
 _INDENTED = re.compile(
-    r" {4,}(\$ |sudo |(igvmfw|make|pip|apt|apt-get|dnf|virsh|systemctl|install|rpm\w*|dpkg\S*) )"
+    r" {4,}(\$ |sudo |(igvmfw|make|pip|apt|apt-get|dnf|virsh|systemctl|install|cp|cocoonfs|podman|"
+    r"kubectl|restorecon|rpm\w*|dpkg\S*) )"
 )
 
 
@@ -106,7 +107,8 @@ class _Remarks:
 
 def pages() -> list[Path]:
     """Every page of the documentation."""
-    return sorted([*CHECKOUT.glob("*.md"), *CHECKOUT.glob("docs/**/*.md")]) + sorted(
+    texts = ("*.md", "docs/**/*.md", "packaging/*/README.md")
+    return sorted(path for text in texts for path in CHECKOUT.glob(text)) + sorted(
         CHECKOUT.glob("docs/man/*.rst")
     )
 

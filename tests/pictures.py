@@ -20,7 +20,7 @@ PAGE = TOP / "docs" / "inspect.md"
 COCONUT = "coconut-qemu-vtpm-snp-ovmf.igvm"
 OVMF = Path("/usr/share/ovmf/OVMF.fd")
 WIDTH = 100  # characters, as `inspect` prints into a pipe
-BLOCK = re.compile(r"(<!-- terminal map -->\n+```text\n).*?(```)", re.DOTALL)
+BLOCK = r"(<!-- terminal map: {} -->\n+```text\n).*?(```)"
 
 
 def memory_of(data: bytes, name: str) -> MemoryMap:
@@ -42,13 +42,15 @@ def terminal(memory: MemoryMap) -> str:
     return "".join("".join(text for text, _ in line).rstrip() + "\n" for line in lines)
 
 
-def with_terminal_map(page: str) -> str:
-    block = terminal(coconut())
-    return BLOCK.sub(lambda match: match[1] + block + match[2], page)
+def with_terminal_map(page: str, name: str, memory: MemoryMap) -> str:
+    """The page with the map behind the comment that names it."""
+    pattern, block = BLOCK.format(re.escape(name)), terminal(memory)
+    return re.sub(pattern, lambda match: match[1] + block + match[2], page, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
     IMAGES.mkdir(exist_ok=True)
     (IMAGES / "coconut.svg").write_bytes(draw(coconut()))
     (IMAGES / "ovmf.svg").write_bytes(draw(wrapped_ovmf()))
-    PAGE.write_text(with_terminal_map(PAGE.read_text()))
+    text = with_terminal_map(PAGE.read_text(), "coconut", coconut())
+    PAGE.write_text(with_terminal_map(text, "ovmf", wrapped_ovmf()))

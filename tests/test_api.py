@@ -4,6 +4,8 @@ import ast
 import enum
 import importlib
 import inspect
+import keyword
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 
 import igvmfw
 from igvmfw.errors import IgvmfwError
+from igvmfw.records import Record
 from tests import api_reference
 from tests.test_imports import HEAVY, NAMES
 
@@ -98,6 +101,12 @@ def test_a_function_says_what_it_takes_and_raises(name: str) -> None:
         assert issubclass(getattr(igvmfw, word), IgvmfwError)
 
 
+def fields_of(cls: type) -> tuple[str, ...]:
+    if issubclass(cls, Record):
+        return cls._names
+    return tuple(getattr(cls, "__dataclass_fields__", ()))
+
+
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_class_says_what_it_is_and_holds(name: str) -> None:
     cls = getattr(igvmfw, name)
@@ -106,7 +115,7 @@ def test_a_class_says_what_it_is_and_holds(name: str) -> None:
     assert not doc.startswith(f"{cls.__name__}("), "made by dataclass, not written"
     if issubclass(cls, enum.Enum):
         return
-    fields = {field for field in getattr(cls, "__dataclass_fields__", ()) if field[0] != "_"}
+    fields = {field for field in fields_of(cls) if field[0] != "_"}
     described = api_reference.sections(doc).get("Attributes", [])
     named = {word for item in api_reference.items(described) for word in item.split(", ")}
     assert fields <= named | set(api_reference.MEMBERS.get(name, "").split())
@@ -115,9 +124,22 @@ def test_a_class_says_what_it_is_and_holds(name: str) -> None:
 def test_members_that_are_promised_exist() -> None:
     for name, members in api_reference.MEMBERS.items():
         cls = getattr(igvmfw, name)
-        known = {*dir(cls), *getattr(cls, "__dataclass_fields__", ())}
+        known = {*dir(cls), *fields_of(cls)}
         known |= {"message", "where", "hint"} if cls is IgvmfwError else set()
         assert set(members.split()) <= known
+
+
+def test_the_reference_names_nothing_that_is_not_public() -> None:
+    """A name in backticks is public, or stands in the reference as a parameter or a member."""
+    text = api_reference.DOCUMENT.read_text().partition("<!-- reference: begin -->")[2]
+    told = {*igvmfw.__all__, *keyword.kwlist}
+    for line in text.splitlines():
+        heading, item = re.match(r"#### `(.*)`", line), re.match(r"- `([\w., ]+)`(:|$)", line)
+        for part in (heading, item):
+            told |= {*re.findall(r"\w+", part[1])} if part is not None else set()
+    for quoted in re.findall(r"`([^`\n]+)`", text):
+        word = re.match(r"[a-z_]\w*(?=[.(]|$)", quoted)
+        assert word is None or word[0] in told, quoted
 
 
 def test_every_name_has_its_place_in_the_reference() -> None:

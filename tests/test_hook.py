@@ -306,8 +306,7 @@ def test_only_a_start_is_ever_stopped(tmp_path: Path, operation: str) -> None:
 @pytest.mark.parametrize("shell", ["sh", "dash", "bash"])
 @pytest.mark.parametrize("quote", ["'", '"'])
 def test_the_shell_knows_igvmfws_domains(tmp_path: Path, quote: str, shell: str) -> None:
-    if shutil.which(shell) is None:
-        pytest.skip(f"no {shell} on this system")
+    need(shutil.which(shell) is not None, shell)
     broken = front(tmp_path, "/bin/false", shell)
     own = OWN.replace(b"'", quote.encode())
     assert call(broken, own, "guest", "prepare", "begin", "-")[0] == 1

@@ -14,7 +14,7 @@ from tests.igvm import samples
 
 PACKAGE = Path(__file__).parents[1] / "igvmfw"
 # Each module imports from those before it alone. A new module gets its place here.
-GROUND = "errors records platforms files resources rooted machine".split()
+GROUND = "errors records platforms kinds files resources rooted machine".split()
 SIDES = "igvm qemu virt".split()  # know nothing of each other
 JOINS = (
     "images findings describe presets provenance description check_context check_memory check "

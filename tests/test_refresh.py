@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -87,10 +88,10 @@ def test_new_changed_gone(place: Place, make: Make) -> None:
 
 def refresh_in_a_process(root: Path) -> Counter[str]:
     """How many files had what done to them."""
-    command = [sys.executable, "-m", "igvmfw", "-q", "refresh", "--root", str(root)]
+    command = [sys.executable, "-m", "igvmfw", "-q", "refresh", "--json", "--root", str(root)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert done.stderr == ""
-    return Counter(line.split()[0] for line in done.stdout.splitlines())
+    return Counter(action["action"] for action in json.loads(done.stdout)["actions"])
 
 
 def test_a_second_run_reads_no_files_contents(place: Place, make: Make, tmp_path: Path) -> None:
@@ -106,7 +107,7 @@ def test_a_second_run_reads_no_files_contents(place: Place, make: Make, tmp_path
         os.utime(path, ns=(1, path.stat().st_mtime_ns))  # also where times are kept lazily
 
     forget(source)
-    assert refresh_in_a_process(tmp_path) == {"written": 1000}
+    assert refresh_in_a_process(tmp_path) == {"write": 1000}
     need(read_since_written(source), "a file system that keeps access times")
     assert len(described(place)) == 1000
     descriptor = place.directory / "70-igvm-file-7.json"
@@ -118,7 +119,7 @@ def test_a_second_run_reads_no_files_contents(place: Place, make: Make, tmp_path
     # one that is new is read, and alone
     other = make("usr/share/igvm/new.igvm", Platform.SEV)
     forget(other)
-    assert refresh_in_a_process(tmp_path) == {"written": 1, "unchanged": 1000}
+    assert refresh_in_a_process(tmp_path) == {"write": 1, "unchanged": 1000}
     assert read_since_written(other)
     assert not read_since_written(source)
 

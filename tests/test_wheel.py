@@ -1,6 +1,8 @@
 """The wheel, installed into a clean virtual environment and used from another folder."""
 
+import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -131,3 +133,20 @@ def test_the_way_from_firmware_to_a_domain_works(
     rewritten = run(program, "rewrite", "--root", root, domain, folder=tmp_path)
     assert "igvm-cfg" in rewritten
     assert "/usr/share/igvm/guest.igvm" in rewritten
+
+
+def test_doctors_remedies_fit_a_virtual_environment(environment: Path, tmp_path: Path) -> None:
+    """What apt installs is not seen in there, and its igvmfw not by the distribution's Python."""
+    done = subprocess.run(
+        [environment / "igvmfw", "doctor", "--json"],
+        capture_output=True, text=True, cwd=tmp_path, timeout=60, check=False,
+    )  # fmt: skip
+    lines = {line["name"]: line for line in json.loads(done.stdout)["lines"]}
+    module = lines["python-module"]
+    assert module["status"] == "missing"
+    python, *words = shlex.split(module["remedy"].partition(" && ")[2])
+    assert words == ["-m", "pip", "install", "libvirt-python"]
+    assert os.path.samefile(environment, os.path.dirname(python))
+    assert run(python, "-m", "igvmfw", "--version", folder=tmp_path)
+    if (hook := lines["installed"])["status"] == "missing":
+        assert f"s|^python=.*|python={python}|" in hook["remedy"]

@@ -65,6 +65,11 @@ COMMANDS = {
 
 
 class _Parser(argparse.ArgumentParser):
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        if action.dest == "command" and value not in COMMANDS:
+            raise UsageError(f"there is no command {value!r}", hint=_meant(str(value), COMMANDS))
+        super()._check_value(action, value)
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, hint=f"see '{self.prog} --help'")
 
@@ -98,7 +103,10 @@ def build_parser(
     for name in known:
         listed = COMMANDS[name]
         sub = groups.add_parser(
-            name, help=listed.help, description=listed.help + ".", allow_abbrev=False
+            name,
+            help=listed.help,
+            description=f"{listed.help[0].upper()}{listed.help[1:]}.",
+            allow_abbrev=False,
         )
         # before the command or after it, as people remember it; the default is the one above
         sub.add_argument("-q", "--quiet", action="store_true", default=_UNSET, help=_QUIET)
@@ -155,11 +163,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(words: Sequence[str]) -> int:
     named = [word for word in words if word in COMMANDS][:1]
     # what stands before a command may be an option's value: then argparse says which it is
-    args = build_parser(named, named if words[:1] == named else COMMANDS).parse_args(words)
+    parser = build_parser(named, named if words[:1] == named else COMMANDS)
+    args, rest = parser.parse_known_args(words)
+    if rest:
+        raise UsageError(
+            f"unrecognized arguments: {' '.join(rest)}",
+            hint=f"see '{parser.prog} {args.command} --help'",
+        )
     output.set_quiet(args.quiet)
     if args.connect is not None and "asks_libvirt" not in args:
         raise UsageError(f"{args.command} asks no libvirt", hint="leave --connect out")
     return load(args.command).run(args)
+
+
+def _meant(word: str, known: Collection[str]) -> str:
+    """What somebody who mistyped a word may have meant, else where to look."""
+    import difflib
+
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean '{close[0]}'?" if close else "see 'igvmfw --help'"
 
 
 def _fail(message: str, code: int) -> int:

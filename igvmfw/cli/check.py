@@ -6,14 +6,15 @@ from typing import Any
 
 from igvmfw.check import LAUNCHED, check_image, refuses
 from igvmfw.cli import Command
-from igvmfw.cli.image import count, platform_word
-from igvmfw.cli.output import emit_folded, emit_json
+from igvmfw.cli.image import count
+from igvmfw.cli.options import one_of
+from igvmfw.cli.output import emit_folded, emit_json, warn
 from igvmfw.errors import IgvmfwError, UsageError
 from igvmfw.files import mapped
 from igvmfw.findings import Finding, Guest
 from igvmfw.igvm.image import IgvmFile
 from igvmfw.platforms import Platform
-from igvmfw.qemu.acceptance import Acceptance, acceptance_of
+from igvmfw.qemu.acceptance import ANY_RELEASE, Acceptance, acceptance_of
 from igvmfw.qemu.emulator import host_acceptance
 
 
@@ -21,7 +22,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="an IGVM file; - is standard input")
     parser.add_argument(
         "--platform",
-        type=platform_word,
+        type=one_of(Platform),
         action="append",
         metavar="P",
         help="the guest's platform; may be repeated (default: every one the file has)",
@@ -52,6 +53,11 @@ def _check(args: argparse.Namespace) -> int:
             }
         except IgvmfwError as error:
             raise error.within(args.file) from None
+    if qemu is ANY_RELEASE:
+        warn(
+            "no QEMU of this host takes IGVM files: judged as by the newest release known "
+            f"({qemu.name}); 'igvmfw doctor' says what is missing, --qemu names another release"
+        )
     if args.json:
         emit_json(_document(args.file, qemu, results))
     else:
@@ -74,7 +80,8 @@ def _show(platform: Platform, findings: list[Finding], qemu: Acceptance) -> None
         verdict = "must not be launched" if platform in LAUNCHED else "cannot be launched"
     else:
         verdict = "would be launched" if findings else "would be launched as it is"
-    emit_folded(f"{platform}: {verdict} by {qemu.name}")
+    by = "some release of QEMU" if qemu is ANY_RELEASE else qemu.name
+    emit_folded(f"{platform}: {verdict} by {by}")
     for finding in findings:
         emit_folded(f"  {finding.severity} [{finding.rule}] {finding.where}: {finding.message}")
         emit_folded(f"    {finding.remedy}")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from igvmfw.cli import Command
-from igvmfw.cli.options import connect_option, root_option
+from igvmfw.cli.options import connect_option, one_of, root_option
 from igvmfw.cli.output import (
     emit,
     emit_json,
@@ -44,7 +44,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--platform",
-        type=_platform,
+        type=one_of(ALL),
         action="append",
         metavar="P",
         help="only what guests of this platform need: native, sev, sev-es or sev-snp; may be "
@@ -55,12 +55,6 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     root_option(parser)
     parser.add_argument("--json", action="store_true", help="one JSON document")
-
-
-def _platform(text: str) -> Platform:
-    if text not in ALL:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(ALL)}")
-    return Platform(text)
 
 
 def _doctor(args: argparse.Namespace) -> int:

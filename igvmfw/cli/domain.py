@@ -37,7 +37,7 @@ _DOMAIN = "its name, UUID, or ID where it runs"
 def _igvm_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--igvm",
-        metavar="PATH",
+        metavar="[=PATH]",
         help="turn a bios or efi domain into an IGVM one first; --igvm alone has the file chosen, "
         "--igvm=PATH names it",
     )

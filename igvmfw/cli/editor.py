@@ -79,7 +79,9 @@ def _run_editor(path: Path) -> None:
         done = subprocess.run([*shlex.split(editor), str(path)], check=False)
     except (OSError, ValueError) as error:
         raise HostError(
-            f"cannot run the editor: {error}", where=editor, hint="set VISUAL or EDITOR"
+            f"cannot run the editor: {getattr(error, 'strerror', None) or error}",
+            where=editor,
+            hint="set VISUAL or EDITOR",
         ) from None
     if done.returncode:
         raise HostError(

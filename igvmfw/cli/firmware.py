@@ -8,8 +8,8 @@ from typing import Any
 
 from igvmfw import files
 from igvmfw.cli import Command
-from igvmfw.cli.options import root_option
-from igvmfw.cli.output import emit, emit_json, note, one_line, warn
+from igvmfw.cli.options import one_of, root_option
+from igvmfw.cli.output import emit, emit_json, is_quiet, note, one_line, warn
 from igvmfw.cli.progress import progress
 from igvmfw.describe import Description, Stated
 from igvmfw.description import describe_file
@@ -55,7 +55,7 @@ def _describe_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE", help="an IGVM file")
     parser.add_argument(
         "--profile",
-        type=Profile,
+        type=one_of(Profile),
         choices=tuple(Profile),
         default=Profile.IGVMFW,
         metavar="PROFILE",
@@ -150,7 +150,7 @@ def _validate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--profile",
-        type=Profile,
+        type=one_of(Profile),
         choices=tuple(Profile),
         default=Profile.IGVMFW,
         metavar="PROFILE",
@@ -236,7 +236,7 @@ def _place_options(parser: argparse.ArgumentParser) -> None:
 def _into_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--into",
-        type=Into,
+        type=one_of(Into),
         choices=tuple(Into),
         default=Into.AUTO,
         metavar="WHOSE",
@@ -341,7 +341,7 @@ def _refresh_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--profile",
-        type=Profile,
+        type=one_of(Profile),
         choices=tuple(Profile),
         default=Profile.IGVMFW,
         metavar="PROFILE",
@@ -385,7 +385,8 @@ def _refresh(args: argparse.Namespace) -> int:
         warn(str(problem))
     if place.note is not None and any(a.kind is Kind.WRITE for a in done.actions):
         note(place.note)
-    _report(done.actions, args, done.problems)
+    changes = [action for action in done.actions if action.kind is not Kind.UNCHANGED]
+    _report(changes if is_quiet() and not args.json else done.actions, args, done.problems)
     # a file that needs a word from a person, or is for no QEMU, is no failure of this run
     return max((p.exit_code for p in done.problems if isinstance(p, InputError)), default=0)
 

@@ -1,11 +1,14 @@
 """Commands on IGVM files themselves: inspect, measure, wrap."""
 
 import argparse
+import contextlib
+import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from igvmfw.cli import Command
+from igvmfw.cli.options import one_of
 from igvmfw.cli.output import (
     emit,
     emit_bytes,
@@ -151,7 +154,7 @@ def _measure_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="an IGVM file; - is standard input")
     parser.add_argument(
         "--platform",
-        type=platform_word,
+        type=one_of(Platform),
         metavar="P",
         help="sev, sev-es, sev-snp, tdx or vsm; may be left out where the file has one of the "
         "first three, or of the last two alone",
@@ -253,7 +256,7 @@ def _wrap_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help="the IGVM file")
     parser.add_argument(
         "--platform",
-        type=platform_word,
+        type=one_of(Platform),
         action="append",
         metavar="P",
         help="native, sev, sev-es or sev-snp; may be repeated (default: native)",
@@ -284,6 +287,7 @@ def _wrap(args: argparse.Namespace) -> int:
     policies = dict(_policy(text, platforms) for text in args.policy)
     if args.firmware == STDIN and args.vars == STDIN:
         raise UsageError("firmware and variable store cannot both be standard input")
+    _keep_inputs(args)
     with progress("wrapping", args.firmware), mapped(args.firmware) as firmware:
         variables = b""
         if args.vars:
@@ -303,6 +307,19 @@ def _wrap(args: argparse.Namespace) -> int:
     return 0
 
 
+def _keep_inputs(args: argparse.Namespace) -> None:
+    """See that the result replaces nothing that it is made of."""
+    for name in (args.firmware, args.vars):
+        if name is None or STDIN in (name, args.output):
+            continue
+        with contextlib.suppress(OSError):  # what is missing is reported where it is used
+            if os.path.samefile(name, args.output):
+                raise UsageError(
+                    f"-o {args.output}: the IGVM file would replace {name}, which it is made of",
+                    hint="give it another name",
+                )
+
+
 def _policy(text: str, platforms: list[Platform]) -> tuple[Platform, int]:
     name, _, number = text.rpartition("=")
     protected = [platform for platform in platforms if platform is not Platform.NATIVE]
@@ -319,17 +336,11 @@ def _policy(text: str, platforms: list[Platform]) -> tuple[Platform, int]:
         ) from None
     if not 0 <= value < 1 << 64:
         raise UsageError(f"--policy {text}: the policy has 64 bits")
-    return (platform_word(name) if name else protected[0]), value
-
-
-def platform_word(text: str) -> Platform:
-    """An argument that names a platform."""
-    try:
-        return Platform(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"unknown platform {text!r}; known: {', '.join(Platform)}"
-        ) from None
+    if name and name not in tuple(Platform):
+        raise UsageError(
+            f"--policy {text}: {name!r} is no platform", hint=f"one of {', '.join(platforms)}"
+        )
+    return (Platform(name) if name else protected[0]), value
 
 
 def count(text: str) -> int:

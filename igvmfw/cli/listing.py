@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from igvmfw import files, rooted
 from igvmfw.cli import Command
-from igvmfw.cli.options import root_option
+from igvmfw.cli.options import one_of, root_option
 from igvmfw.cli.output import emit, emit_folded, emit_json, one_line, warn, width
 from igvmfw.cli.progress import progress
 from igvmfw.errors import DomainError, IgvmfwError, NegativeError, UsageError
@@ -30,7 +30,7 @@ _LISTS = ("platforms", "features")
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--platform",
-        type=_platform,
+        type=one_of(Platform),
         metavar="P",
         help="only for this platform: native, sev, sev-es, sev-snp or tdx",
     )
@@ -69,14 +69,6 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON document")
 
 
-def _platform(text: str) -> Platform:
-    try:
-        return Platform(text)
-    except ValueError:
-        known = ", ".join(Platform)
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of {known}") from None
-
-
 def _list(args: argparse.Namespace) -> int:
     if args.domain is not None:
         return _list_for_domain(args)
@@ -91,6 +83,8 @@ def _list(args: argparse.Namespace) -> int:
         for row in shown:
             if row.problem is not None:
                 warn(row.problem)
+    elif any(row.entry.state is State.AVAILABLE for row in rows):
+        warn("no IGVM firmware has all that was asked for; 'igvmfw list' shows what there is")
     else:
         warn("no IGVM firmware found; 'igvmfw install FILE' adds some")
     return 0 if shown else 1
@@ -258,7 +252,7 @@ def _file_problem(
     from igvmfw.launch import read
 
     if candidate is None:
-        return "no descriptor matches"
+        return "no descriptor matches the domain; 'igvmfw install FILE' adds one"
     try:
         path = candidate.path
         if candidate.descriptor is not None:

@@ -2,25 +2,43 @@
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from igvmfw import rooted
-from igvmfw.errors import InputError
+from igvmfw.errors import InputError, UsageError
 
+_Word = TypeVar("_Word", bound=StrEnum)
+
+CONNECT = ("-c", "--connect")
 _ROOT = (
     "for the guests of another root directory: files are below it, and descriptors name them as "
     "seen from in there"
 )
 
 
-def root_option(parser: argparse.ArgumentParser, text: str = _ROOT) -> None:
-    """Declare --root."""
-    parser.add_argument("--root", type=_root, default=rooted.HOST, metavar="DIR", help=text)
+def one_of(words: Iterable[_Word]) -> Callable[[str], _Word]:
+    """An argument that is one of an enum's words; a wrong one is answered with all of them."""
+    known = {word.value: word for word in words}
+
+    def parse(text: str) -> _Word:
+        if text not in known:
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(known)}")
+        return known[text]
+
+    return parse
 
 
-CONNECT = ("-c", "--connect")
+def root_option(parser: argparse.ArgumentParser, said: str = _ROOT) -> None:
+    """Declare --root.
+
+    Args:
+        parser: Gets the option.
+        said: Its help, where the command means less by it.
+    """
+    parser.add_argument("--root", type=_root, default=rooted.HOST, metavar="DIR", help=said)
 
 
 def connect_option(parser: argparse.ArgumentParser, text: str) -> None:
@@ -55,6 +73,19 @@ def optional_value(parser: argparse.ArgumentParser, option: str, value: str) -> 
         return [f"{option}={value}" if word == option else word for word in words]
 
     _change_words(parser, change)
+    parse = parser.parse_known_args
+
+    def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
+        words = list(args)
+        parsed, rest = parse(words, namespace)
+        if rest and option in words:
+            raise UsageError(
+                f"one argument too many: {' '.join(rest)}",
+                hint=f"a file for {option} is joined to it by '=': {option}=PATH",
+            )
+        return parsed, rest
+
+    parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
 
 
 def _change_words(

@@ -143,6 +143,8 @@ class Facts:
         distribution: The distribution's name, for people.
         machine: Processor and kernel.
         module: Why libvirt's Python module cannot be loaded; None where it can.
+        environment: igvmfw's interpreter, where it is a virtual environment's: the distribution's
+            has not igvmfw then, nor need this one have the distribution's modules.
         libvirt: libvirt.
         account: The user that QEMU runs as; None where it does not exist.
         account_name: The name of that user.
@@ -163,6 +165,7 @@ class Facts:
     distribution: str
     machine: Machine
     module: str | None
+    environment: str | None = None
     libvirt: Libvirt
     account: Account | None
     account_name: str

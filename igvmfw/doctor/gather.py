@@ -11,6 +11,7 @@ import pwd
 import queue
 import re
 import shlex
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -77,6 +78,7 @@ def gather(uri: str, *, root: Path = rooted.HOST, step: Step = lambda what: None
         distribution=distribution,
         machine=machine,
         module=module,
+        environment=sys.executable if sys.prefix != sys.base_prefix else None,
         libvirt=libvirt,
         account=_account(name, root),
         account_name=name,
@@ -200,9 +202,9 @@ def _emulators(libvirt: Libvirt, root: Path) -> Iterator[Found]:
     origins: dict[Path, str] = {}
     if libvirt.capabilities is not None and libvirt.capabilities.emulator is not None:
         origins[Path(libvirt.capabilities.emulator)] = "libvirt's default"
-    own = os.environ.get("IGVMFW_QEMU")
-    if own and root == rooted.HOST:
-        origins.setdefault(Path(own), "IGVMFW_QEMU")
+    own = emulator.named()
+    if own is not None and root == rooted.HOST:
+        origins.setdefault(own, emulator.VARIABLE)
     for path in emulator.find(root=root):
         origins.setdefault(path, "in PATH, or where distributions put it")
     known: set[str] = set()

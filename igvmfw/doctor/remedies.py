@@ -24,6 +24,12 @@ _PACKAGES = {
         Manager.DNF: "python3-libvirt",
         Manager.ZYPPER: "python3-libvirt-python",
     },
+    # what building the module takes
+    "libvirt-headers": {
+        Manager.APT: "libvirt-dev gcc pkg-config python3-dev",
+        Manager.DNF: "libvirt-devel gcc pkgconf-pkg-config python3-devel",
+        Manager.ZYPPER: "libvirt-devel gcc pkg-config python3-devel",
+    },
     "qemu": {
         Manager.APT: "qemu-system-x86",
         Manager.DNF: "qemu-system-x86-core",
@@ -48,7 +54,7 @@ def install(what: str, manager: Manager) -> str:
     """The command that installs something.
 
     Args:
-        what: `libvirt`, `libvirt-python`, `qemu` or `ovmf`.
+        what: `libvirt`, `libvirt-headers`, `libvirt-python`, `qemu` or `ovmf`.
         manager: The distribution's package manager.
     """
     if manager is Manager.UNKNOWN:
@@ -56,9 +62,22 @@ def install(what: str, manager: Manager) -> str:
     return f"{_INSTALL[manager]} {_PACKAGES[what][manager]}"
 
 
+def install_module(environment: str | None, manager: Manager) -> str:
+    """The command that installs libvirt's Python module.
+
+    Args:
+        environment: The interpreter of a virtual environment; None for the distribution's.
+        manager: The distribution's package manager.
+    """
+    if environment is None:
+        return install("libvirt-python", manager)
+    headers = install("libvirt-headers", manager)
+    return f"{headers} && {shlex.quote(environment)} -m pip install libvirt-python"
+
+
 def package_names(manager: Manager) -> tuple[str, ...]:
     """Every package that a remedy names."""
-    return tuple(names[manager] for names in _PACKAGES.values())
+    return tuple(name for names in _PACKAGES.values() for name in names[manager].split())
 
 
 def daemon(manager: Manager) -> str:
@@ -107,10 +126,18 @@ def switch_on(parameters: Sequence[str]) -> str:
     return f"echo options kvm_amd {options} > /etc/modprobe.d/igvmfw.conf && {RELOAD_KVM}"
 
 
-def install_hook(names: Sequence[str], manager: Manager) -> str:
-    """The command that installs the hook and has libvirt take it up."""
-    restart = restart_daemon(names, manager)
-    return f"install -D -m 755 packaging/libvirt-hook/igvmfw /{HOOK} && {restart}"
+def install_hook(names: Sequence[str], environment: str | None, manager: Manager) -> str:
+    """The command, in igvmfw's sources, that installs the hook and has libvirt take it up.
+
+    Args:
+        names: As for `restart_daemon`.
+        environment: As for `install_module`.
+        manager: The distribution's package manager.
+    """
+    install = f"install -D -m 755 packaging/libvirt-hook/igvmfw /{HOOK}"
+    if environment is not None:  # which has igvmfw, as the distribution's Python has not
+        install += f" && sed -i {shlex.quote(f's|^python=.*|python={environment}|')} /{HOOK}"
+    return f"in igvmfw's sources: {install} && {restart_daemon(names, manager)}"
 
 
 def allow_reading(directories: Sequence[str]) -> str:

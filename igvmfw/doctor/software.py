@@ -38,7 +38,7 @@ def _module(facts: Facts) -> Line:
     if facts.module is None:
         found = "libvirt-python can be loaded"
         return Line(topic=topic, name=name, status=Status.OK, found=found)
-    remedy = remedies.install("libvirt-python", facts.manager)
+    remedy = remedies.install_module(facts.environment, facts.manager)
     found = f"libvirt-python: {facts.module}"
     return Line(topic=topic, name=name, status=Status.MISSING, found=found, remedy=remedy)
 
@@ -279,7 +279,7 @@ def hook_lines(facts: Facts) -> Iterator[Line]:
         if facts.hook_problem is not None:
             yield line("installed", Status.UNKNOWN, f"{path}: {facts.hook_problem}")
             return
-        remedy = remedies.install_hook(daemons, facts.manager)
+        remedy = remedies.install_hook(daemons, facts.environment, facts.manager)
         found = f"{path} is not there: libvirt checks no start by itself"
         yield line("installed", Status.MISSING, found, remedy)
         return

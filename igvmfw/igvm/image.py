@@ -266,12 +266,9 @@ def fixed_size(revision: int) -> int:
 
 
 def _read_fixed(content: memoryview) -> FixedHeader:
-    magic, revision, offset, size, total, checksum = FIXED_V1.read(content, 0, "fixed header")
-    if magic != MAGIC:
-        raise IgvmError(
-            f"not an IGVM file: it begins with {bytes(content[:4])!r}, not b'IGVM'",
-            where="offset 0x0",
-        )
+    if content[:4] != MAGIC.to_bytes(4, "little"):
+        raise _not_igvm(content)
+    _, revision, offset, size, total, checksum = FIXED_V1.read(content, 0, "fixed header")
     architecture, page_size = Architecture.X64, PAGE_SIZE
     if revision == 2:
         number, page_size = FIXED_V2.read(content, 0, "fixed header of revision 2")[6:]
@@ -291,6 +288,18 @@ def _read_fixed(content: memoryview) -> FixedHeader:
         total_file_size=total,
         checksum=checksum,
     )
+
+
+def _not_igvm(content: memoryview) -> IgvmError:
+    from igvmfw.kinds import kind_of  # only what goes wrong has to pay for it
+
+    kind = kind_of(content)
+    if kind is None:
+        what = f"it begins with {bytes(content[:4])!r}, not b'IGVM'"
+    else:
+        what = f"it is {kind.name}"
+    hint = None if kind is None else kind.remedy
+    return IgvmError(f"not an IGVM file: {what}", where="offset 0x0", hint=hint)
 
 
 def _fixed_problems(fixed: FixedHeader, content: memoryview) -> Iterator[Problem]:

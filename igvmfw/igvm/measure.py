@@ -98,7 +98,8 @@ def launch_digest(
         vcpus: Of the guest; the file's own order knows only those that the file has.
         cpu_signature: CPUID leaf 1 EAX of the guest's CPU model; needed where a vCPU has no VP
             context in the file, because it starts with its signature in RDX.
-        vmm: Whose order; the default is `default_vmm`.
+        vmm: Whose order; by default QEMU's where it launches the platform from an IGVM file, else
+            the file's own.
     Raises:
         IgvmError: The file lacks the platform, breaks a rule of the format, or names more memory
             without data than igvmfw measures.
@@ -297,7 +298,8 @@ def launch_vmsas(
     if beyond:
         raise RefusedError(
             f"the file sets vCPU {max(beyond)}, the guest has only {vcpus}",
-            hint=f"give the guest at least {max(beyond) + 1} vCPUs, or use another image",
+            hint=f"give the guest at least {max(beyond) + 1} vCPUs ('igvmfw measure' by --vcpus), "
+            "or use another image",
         )
     boot = contexts.get(0)
     features = Vmsa.parse(image.data_of(boot)).register("sev_features") if boot else 0

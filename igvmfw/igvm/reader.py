@@ -57,7 +57,6 @@ class Layout:
             raise IgvmError(f"value does not fit its field: {problem}") from None
 
 
-U16 = Layout("H")
 U32 = Layout("I")
 U64 = Layout("Q")
 

@@ -25,11 +25,12 @@ from igvmfw.igvm.headers import (
 from igvmfw.igvm.image import IgvmFile
 from igvmfw.igvm.rules import AnyHeader
 from igvmfw.igvm.spec import PAGE_SIZE, U64_SPACE, HeaderType, PageDataType, PlatformType
+from igvmfw.igvm.summary import vcpus_text
 from igvmfw.platforms import Platform
 
 _WITH_VMSA = (PlatformType.SEV_ES, PlatformType.SEV_SNP)  # others' contexts lie in no memory
 _BELOW_ALL = -1
-MAX_NAMED = 8  # parameters or VMSAs of one page that its name lists
+MAX_NAMED = 8  # parameters of one page that its name lists
 
 
 class RegionKind(StrEnum):
@@ -182,8 +183,7 @@ class _Others:
     def contexts(self, rank: int) -> Iterator[_Span]:
         """The VMSAs, all at their end: KVM gives those of every processor one address."""
         for gpa, indices in self._contexts.items():
-            plural = "s" * (len(indices) > 1)
-            name = f"of vCPU{plural} {_listed([str(index) for index in sorted(indices)])}"
+            name = f"of {vcpus_text(indices)}"
             yield _Span(gpa, gpa + PAGE_SIZE, rank, RegionKind.VMSA, name)
 
 

@@ -157,15 +157,4 @@ class SnpPolicy(IntFlag):
     SINGLE_SOCKET = 1 << 20
 
 
-class SevPolicy(IntFlag):
-    """Bits of a SEV guest policy (SEV API, chapter 3)."""
-
-    NO_DEBUG = 1 << 0
-    NO_KEY_SHARING = 1 << 1
-    ES = 1 << 2
-    NO_SEND = 1 << 3
-    DOMAIN = 1 << 4
-    SEV = 1 << 5
-
-
 SEV_VMSA_GPA = 0xFFFF_FFFF_F000  # where KVM places a VMSA (KVM_VMSA_GPA in QEMU's sev.c)

@@ -1,6 +1,9 @@
 """What an image does on one platform, in figures a person asks for."""
 
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from operator import attrgetter
 from typing import NamedTuple
 
 from igvmfw.errors import IgvmError
@@ -25,6 +28,7 @@ from igvmfw.records import Record
 _EFER_LMA = 1 << 10
 _CR0_PE = 1 << 0
 RESET_ENTRY = "architectural reset"
+MAX_RUNS = 8  # runs of processors that are listed
 
 
 class VpEntry(Record):
@@ -37,6 +41,34 @@ class VpEntry(Record):
 
     vp_index: int
     entry: str
+
+
+def vcpus_text(indices: Sequence[int]) -> str:
+    """Virtual processors for people: vCPU 0, or vCPUs 0, 2 to 5; at most MAX_RUNS, then how many.
+
+    Args:
+        indices: At least one, in any order.
+    """
+    ordered = sorted(set(indices))
+    runs: list[list[int]] = []
+    for index in ordered:
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    texts = [
+        f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run))
+        for run in runs[:MAX_RUNS]
+    ]
+    if more := sum(map(len, runs[MAX_RUNS:])):
+        texts.append(f"{more} more")
+    return f"vCPU{'s' * (len(ordered) > 1)} {', '.join(texts)}"
+
+
+def entries_text(contexts: Iterable[VpEntry]) -> Iterator[str]:
+    """A line for each start, with the processors that start there one after the other."""
+    for entry, group in groupby(contexts, attrgetter("entry")):
+        yield f"{vcpus_text([context.vp_index for context in group])}: {entry}"
 
 
 class Summary(Record):

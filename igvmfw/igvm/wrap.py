@@ -28,6 +28,7 @@ from igvmfw.igvm.spec import (
     SnpPolicy,
 )
 from igvmfw.igvm.vpcontext import SEV_FEATURE_SNP_ACTIVE, Segment, Vmsa
+from igvmfw.kinds import EMPTY, FIRMWARE, JSON, XML, kind_of
 from igvmfw.platforms import Platform
 
 FOUR_GIB = 1 << 32
@@ -36,6 +37,7 @@ LOW_SIZE = 128 << 10  # bytes mirrored below 1 MiB
 MAX_FIRMWARE = 64 << 20  # bytes; OVMF has 2 or 4 MiB
 MAX_VCPUS = 4096
 RESET_ADDRESS = 0xFFFF_FFF0
+RESET_VECTOR = FOUR_GIB - RESET_ADDRESS  # bytes: what the first instruction may take
 PARAMETER_AREA = 0  # index of the only area
 
 WRAPPED = (Platform.NATIVE, Platform.SEV, Platform.SEV_ES, Platform.SEV_SNP)
@@ -80,14 +82,16 @@ def wrap(
             allowed, no debugging); on SEV and SEV-ES QEMU takes the policy from its own
             configuration, the file's is what tools read.
     Raises:
-        FirmwareError: The image has no valid size, or lacks the tables a platform needs.
+        FirmwareError: The image is of another kind or has no valid size, no processor could start
+            in it, or it lacks the tables a platform needs.
         UsageError: No platform, a platform that cannot be wrapped, one named twice, or a vCPU
             count out of bounds.
     """
     _check_request(platforms, vcpus, policies or {})
-    _check_size("firmware", firmware, MAX_FIRMWARE)
+    _check_raw("firmware", firmware)
     if variables:
-        _check_size("variable store", variables, MAX_FIRMWARE)
+        _check_raw("variable store", variables)
+    _check_reset_vector(firmware)
     tables = find_tables(firmware)
     _check_tables(tables, platforms, vcpus)
 
@@ -174,12 +178,25 @@ def _check_request(
         raise UsageError(f"{vcpus} vCPUs: must be 1 to {MAX_VCPUS}")
 
 
-def _check_size(what: str, data: Buffer, most: int) -> None:
+def _check_raw(what: str, data: Buffer) -> None:
+    kind = kind_of(data)
+    if kind not in (None, EMPTY, FIRMWARE, XML, JSON):  # one byte of raw code proves no text
+        raise FirmwareError(f"the {what} is no raw image: it is {kind.name}", hint=kind.remedy)
     size = len(data)
-    if not size or size % PAGE_SIZE or size > most:
+    if not size or size % PAGE_SIZE or size > MAX_FIRMWARE:
         raise FirmwareError(
-            f"the {what} has {size} bytes: must be a multiple of {PAGE_SIZE}, at most {most}",
+            f"the {what} has {size} bytes: must be a multiple of {PAGE_SIZE}, at most "
+            f"{MAX_FIRMWARE}",
             hint="is it a raw firmware image such as OVMF.fd?",
+        )
+
+
+def _check_reset_vector(firmware: Buffer) -> None:
+    vector = bytes(firmware[-RESET_VECTOR:])
+    if vector.count(0) == len(vector) or vector.count(0xFF) == len(vector):
+        raise FirmwareError(
+            f"the firmware's last {RESET_VECTOR} bytes are blank: no processor can start there",
+            hint="take the code, such as OVMF_CODE.fd; a variable store goes into --vars",
         )
 
 

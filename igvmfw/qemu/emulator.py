@@ -21,6 +21,7 @@ from igvmfw.errors import EmulatorError
 from igvmfw.qemu.acceptance import ANY_RELEASE, Acceptance, acceptance_of
 
 FIRST_IGVM = (10, 1, 0)
+VARIABLE = "IGVMFW_QEMU"  # of the environment
 TIMEOUT = 20.0  # seconds; it answers in some milliseconds, on a loaded host later
 _MAX_ANSWER = 1 << 16  # bytes
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
@@ -78,6 +79,12 @@ class Emulator:
             else f"QEMU {self.version_text} was built without IGVM support"
         )
         raise EmulatorError(why, where=str(self.path), hint=_REMEDY)
+
+
+def named() -> Path | None:
+    """The emulator that the environment names: one's own, where none that is installed will do."""
+    path = os.environ.get(VARIABLE)
+    return Path(path) if path else None
 
 
 def find(architecture: str = "x86_64", root: Path = rooted.HOST) -> tuple[Path, ...]:
@@ -138,11 +145,13 @@ def host_acceptance(path: Path | None = None) -> Acceptance:
     """What a QEMU of this host takes of an IGVM file.
 
     Args:
-        path: The QEMU to ask; None takes the first of this host that takes IGVM files, and without
-            one the newest release that igvmfw knows.
+        path: The QEMU to ask; None takes the one that the environment names in IGVMFW_QEMU, else
+            the first of this host that takes IGVM files, and without one the newest release that
+            igvmfw knows.
     Raises:
         EmulatorError: The named one cannot be run, is not QEMU, or takes no IGVM files.
     """
+    path = path or named()
     if path is not None:
         emulator = probe(path)
         emulator.require_igvm()

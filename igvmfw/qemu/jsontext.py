@@ -35,8 +35,17 @@ def parse(data: bytes) -> object:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
+        from igvmfw.kinds import IGVM, JSON, kind_of  # only what goes wrong has to pay for it
+
+        kind = kind_of(data)
+        if kind is None or kind is JSON:
+            raise DescriptorError(
+                "not UTF-8 text", where=f"byte {error.start}", hint="JSON is UTF-8: save it as such"
+            ) from None
         raise DescriptorError(
-            "not UTF-8 text", where=f"byte {error.start}", hint="JSON is UTF-8: save it as such"
+            f"not a descriptor: it is {kind.name}",
+            where="byte 0",
+            hint="'igvmfw describe' makes its descriptor" if kind is IGVM else kind.remedy,
         ) from None
     try:
         document = json.loads(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from lxml import etree
 
 from igvmfw.errors import DomainError
+from igvmfw.kinds import IGVM, XML, kind_of
 
 # libvirt's protocol carries no longer string (VIR_NET_MESSAGE_STRING_MAX, virnetprotocol.x), so
 # no daemon would take a longer document
@@ -214,10 +215,19 @@ def _decode(data: bytes) -> str:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        kind = kind_of(data)
+        if kind is None or kind is XML:
+            raise DomainError(
+                "not UTF-8 text",
+                where=f"byte {error.start}",
+                hint="libvirt's XML is UTF-8: convert it with iconv -t UTF-8",
+            ) from None
         raise DomainError(
-            "not UTF-8 text",
-            where=f"byte {error.start}",
-            hint="libvirt's XML is UTF-8: convert it with iconv -t UTF-8",
+            f"not a domain XML: it is {kind.name}",
+            where="byte 0",
+            hint="a domain names its IGVM file in <loader type='igvm'>, or gets it by --igvm=FILE"
+            if kind is IGVM
+            else kind.remedy,
         ) from None
     name = _encoding(text)
     if name.lower() not in _UTF8 and not (name.lower() in _ASCII and text.isascii()):

@@ -58,6 +58,8 @@ _REMEDIES = (
         r"virConnectGetDomainCapabilities",  # not supported by the connection driver
         "IGVM firmware is for guests of QEMU: give a qemu:// URI with -c",
     ),
+    (r"^Domain not found", "virsh list --all shows those there are; is it another URI's (-c)?"),
+    (r"Cannot check QEMU binary", "name a QEMU that is there in the domain's <emulator>"),
     (r"Failed to connect socket", "start libvirtd or virtqemud, or give another URI with -c"),
     (
         # as it is read, and as the schema has it, which names no value

@@ -14,7 +14,7 @@ import pytest
 
 from igvmfw.platforms import Platform
 from igvmfw.virt.document import MAX_BYTES
-from tests.cli.test_image import one_line
+from tests.cli.commands import one_line
 from tests.igvm import samples
 from tests.virt import domains
 

@@ -41,6 +41,32 @@ def test_the_release_decides(
     assert ("offset 0x" in out) == bool(code)
 
 
+def test_without_an_emulator_the_newest_release_judges_and_it_is_said(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("IGVMFW_QEMU", raising=False)
+    monkeypatch.setattr("igvmfw.qemu.emulator.find", lambda: (Path("/bin/true"),))
+    assert main(["check", str(file)]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("native: would be launched as it is by some release of QEMU\n")
+    assert "no QEMU of this host takes IGVM files" in err
+    assert "igvmfw doctor" in err
+
+
+def test_the_environment_names_an_emulator(
+    file: Path, igvm_qemu: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As doctor has it, which says so where none is installed."""
+    monkeypatch.setenv("IGVMFW_QEMU", str(igvm_qemu))
+    code = main(["check", str(file)])
+    out, err = capsys.readouterr()
+    assert "by QEMU 1" in out
+    assert (code, err) == (int("10.2" in out), "")
+    monkeypatch.setenv("IGVMFW_QEMU", "/does/not/exist")
+    assert main(["check", str(file)]) == 4
+    assert "/does/not/exist: cannot run" in capsys.readouterr().err
+
+
 def test_json_is_what_the_schema_says(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["check", "--json", "--qemu", "10.2", "--platform", "native", "--platform", "tdx"]
     assert main([*words, str(file)]) == 1

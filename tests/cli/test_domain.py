@@ -17,7 +17,7 @@ from igvmfw.igvm.measure import launch_digest
 from igvmfw.platforms import Platform
 from igvmfw.virt.domain import Domain
 from igvmfw.virt.record import Record
-from tests.cli.test_image import one_line
+from tests.cli.commands import one_line
 from tests.igvm import samples
 from tests.parts import need_libvirt
 from tests.virt import domains

@@ -92,4 +92,4 @@ def test_help_says_what_the_command_does(command: str, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
     assert caught.value.code == 0
-    assert COMMANDS[command].help.split()[0] in capsys.readouterr().out
+    assert COMMANDS[command].help.split()[0] in capsys.readouterr().out.lower()

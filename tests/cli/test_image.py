@@ -7,7 +7,6 @@ import os
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +14,11 @@ import jsonschema
 import pytest
 from sevsnpmeasure.ovmf import OVMF
 
-from igvmfw.cli import main
 from igvmfw.igvm.headers import PageData
 from igvmfw.igvm.image import IgvmFile
 from igvmfw.platforms import Platform
+from tests.cli.commands import Run, one_line
 from tests.igvm import samples
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*words: str | Path) -> tuple[int, str, str]:
-        code = main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 @pytest.fixture
@@ -41,14 +28,6 @@ def file(tmp_path: Path) -> Path:
         samples.small(Platform.NATIVE, Platform.SEV, Platform.SEV_ES, Platform.SEV_SNP)
     )
     return path
-
-
-def one_line(err: str, *words: str | Path) -> None:
-    assert err.startswith("igvmfw: error: ")
-    assert err.count("\n") == 1
-    assert "Traceback" not in err
-    for word in words:
-        assert str(word) in err
 
 
 def test_inspect_tells_people_what_is_inside(run: Run, file: Path) -> None:
@@ -306,3 +285,84 @@ def test_standard_input_is_a_file_too(file: Path) -> None:
         capture_output=True, timeout=60, check=True,
     )  # fmt: skip
     assert b"sev-snp" in done.stdout
+
+
+@pytest.mark.parametrize("which", ["firmware", "variables"])
+def test_wrap_never_replaces_what_it_is_made_of(
+    run: Run, ovmf: Path, which: str, tmp_path: Path
+) -> None:
+    content = ovmf.read_bytes()
+    files = {name: tmp_path / name for name in ("firmware", "variables")}
+    for path in files.values():
+        path.write_bytes(content)
+    link = tmp_path / "link.igvm"
+    link.symlink_to(files[which])
+    for out in (files[which], link):
+        words = ("--vars", files["variables"], "-o", out)
+        code, shown, err = run("wrap", files["firmware"], *words)
+        assert (code, shown) == (2, "")
+        one_line(err, files[which], "another name")
+        assert files[which].read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        (["gzip", "-c"], ("compressed with gzip", "gzip -d")),
+        (["xz", "-c"], ("compressed with xz", "xz -d")),
+        (["bzip2", "-c"], ("compressed with bzip2", "bzip2 -d")),
+    ],
+)
+@pytest.mark.parametrize("command", ["inspect", "check", "measure", "describe"])
+def test_a_compressed_file_is_named_with_what_unpacks_it(
+    command: str, program: list[str], words: tuple[str, ...], run: Run, file: Path, tmp_path: Path
+) -> None:
+    packed = tmp_path / "packed.igvm"
+    with file.open("rb") as source, packed.open("wb") as sink:
+        subprocess.run(program, stdin=source, stdout=sink, check=True, timeout=60)
+    code, out, err = run(command, packed)
+    assert (code, out) == (3, "")
+    one_line(err, packed, "not an IGVM file", *words)
+
+
+def test_processors_that_start_alike_share_a_line(run: Run, ovmf: Path, tmp_path: Path) -> None:
+    file = tmp_path / "many.igvm"
+    assert run("wrap", ovmf, "-o", file, "--platform", "sev-es", "--vcpus", "64")[0] == 0
+    code, out, _ = run("inspect", "--map", "-", file)
+    assert code == 0
+    starts = [line.split(maxsplit=1)[1] for line in out.splitlines() if "    entry " in line]
+    assert [start.split(":")[0] for start in starts] == ["vCPU 0", "vCPUs 1 to 63"]
+    assert "VMSA of vCPUs 0 to 63" in out
+
+
+def test_other_kinds_of_file_are_named(run: Run, ovmf: Path, tmp_path: Path) -> None:
+    disk, empty, xml = (tmp_path / name for name in ("disk.qcow2", "empty", "guest.xml"))
+    empty.touch()
+    xml.write_text("<domain type='kvm'/>")
+    disk.write_bytes(b"QFI\xfb\0\0\0\3" + bytes(65536))
+    for path, words in (
+        (ovmf, ("a raw UEFI firmware image", "igvmfw wrap")),
+        (disk, ("a qcow2 image", "qemu-img convert")),
+        (empty, ("it is empty",)),
+        (xml, ("it is XML",)),
+        (Path("/bin/sh"), ("an ELF program",)),
+    ):
+        code, out, err = run("inspect", path)
+        assert (code, out) == (3, "")
+        one_line(err, path, "not an IGVM file", *words)
+
+
+def test_an_igvm_file_is_no_domain_and_no_descriptor(
+    run: Run, ovmf: Path, file: Path, tmp_path: Path
+) -> None:
+    large = tmp_path / "large.igvm"
+    assert run("wrap", ovmf, "-o", large)[0] == 0
+    for words, remedy in (
+        (("rewrite", file), "--igvm=FILE"),
+        (("list", "--for", file), "--igvm=FILE"),
+        (("validate", file), "igvmfw describe"),
+        (("validate", large), "is it the right file?"),
+    ):
+        code, out, err = run(*words)
+        assert (code, out) == (3, "")
+        one_line(err, words[-1], "an IGVM file", remedy)

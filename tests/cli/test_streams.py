@@ -178,7 +178,7 @@ def writing(command: str, tmp_path: Path, output: Path) -> list[str]:
     """The command that writes a file of its kind to some place."""
     image, firmware, domain = (tmp_path / name for name in ("a.igvm", "raw.fd", "domain.xml"))
     image.write_bytes(samples.small())
-    firmware.write_bytes(bytes(4096))
+    firmware.write_bytes(bytes(4096 - 16) + b"\xf4" * 16)  # hlt where a processor starts
     domain.write_text(domains.EFI)
     words = {
         "wrap": ["wrap", firmware, "-o", output],

@@ -56,5 +56,6 @@ def test_ovmf_is_known_by_its_table(ovmf_bytes: bytes) -> None:
     image = IgvmFile.parse(wrap(ovmf_bytes, [Platform.NATIVE]))
     assert identify(image).firmware == "OVMF"
     assert identify(image).svsm is None
-    raw = wrap(ovmf_bytes[:-4096] + bytes(4096), [Platform.NATIVE])
+    blank = bytes(4080) + b"\xf4" * 16  # code where a processor starts, and no table
+    raw = wrap(ovmf_bytes[:-4096] + blank, [Platform.NATIVE])
     assert identify(IgvmFile.parse(raw)).firmware is None

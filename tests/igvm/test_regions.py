@@ -4,6 +4,7 @@ import lzma
 import re
 import subprocess
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from igvmfw.igvm.landmarks import named_regions
 from igvmfw.igvm.payload import identify
 from igvmfw.igvm.regions import Landmark, RegionKind, find_regions
 from igvmfw.igvm.spec import PLATFORM_TYPES
+from igvmfw.igvm.summary import vcpus_text
 from igvmfw.igvm.wrap import wrap
 from igvmfw.platforms import Platform
 from tests.igvm import digests, samples
@@ -136,6 +138,22 @@ def test_ovmfs_parts_are_where_its_own_tables_say(ovmf: Path, ovmf_bytes: bytes)
     assert (mirrored.start, mirrored.end) == (0xE_0000, 0x10_0000)
     regions = named_regions(image, Platform.SEV_ES, identify(image))
     assert [r.name for r in regions if r.kind is RegionKind.VMSA] == ["of vCPUs 0, 1"]
+    image = IgvmFile.parse(wrap(ovmf_bytes, [Platform.SEV_ES], vcpus=64))
+    regions = named_regions(image, Platform.SEV_ES, identify(image))
+    assert [r.name for r in regions if r.kind is RegionKind.VMSA] == ["of vCPUs 0 to 63"]
+
+
+@pytest.mark.parametrize(
+    ("indices", "text"),
+    [
+        ([0], "vCPU 0"),
+        ([1, 0], "vCPUs 0, 1"),
+        ([5, 3, 4, 0, 4], "vCPUs 0, 3 to 5"),
+        (range(0, 40, 2), "vCPUs 0, 2, 4, 6, 8, 10, 12, 14, 12 more"),
+    ],
+)
+def test_virtual_processors_for_people(indices: Sequence[int], text: str) -> None:
+    assert vcpus_text(indices) == text
 
 
 def made(headers: list[Header]) -> IgvmFile:

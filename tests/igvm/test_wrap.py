@@ -178,8 +178,30 @@ def test_what_is_no_firmware_is_refused(size: int) -> None:
         wrap(bytes(size), [NATIVE])
 
 
+@pytest.mark.parametrize("blank", [b"\0", b"\xff"])
+def test_firmware_that_no_processor_starts_in_is_refused(blank: bytes, ovmf_bytes: bytes) -> None:
+    variables = Path("/usr/share/OVMF/OVMF_VARS.fd").read_bytes()
+    for data in (variables, blank * 4096, ovmf_bytes[:-16] + blank * 16):
+        with pytest.raises(FirmwareError, match="no processor can start there") as caught:
+            wrap(data, [NATIVE])
+        assert "--vars" in str(caught.value)
+
+
+@pytest.mark.parametrize(("head", "words"), [
+    (b"QFI\xfb", ("a qcow2 image", "qemu-img convert -O raw")),
+    (b"\x1f\x8b\x08", ("compressed with gzip", "gzip -d")),
+    (b"IGVM", ("an IGVM file",)),
+])  # fmt: skip
+def test_another_kind_of_file_is_no_firmware(head: bytes, words: tuple[str, ...]) -> None:
+    data = head.ljust(65536, b"\1")  # whole pages, as firmware has
+    for firmware, variables in ((data, b""), (bytes(4095) + b"\1", data)):
+        with pytest.raises(FirmwareError) as caught:
+            wrap(firmware, [NATIVE], variables=variables)
+        assert all(word in str(caught.value) for word in words)
+
+
 def test_a_platform_without_its_tables_is_refused() -> None:
-    blank = bytes(1 << 20)
+    blank = bytes((1 << 20) - 16) + b"\xf4" * 16  # hlt where a processor starts
     with pytest.raises(FirmwareError, match="SEV-SNP"):
         wrap(blank, [SNP])
     with pytest.raises(FirmwareError, match="reset block"):
@@ -191,8 +213,8 @@ def test_a_platform_without_its_tables_is_refused() -> None:
 
 
 def with_sections(*sections: tuple[int, int, int]) -> bytes:
-    """Firmware of which there is nothing but its table, with a list of SEV sections."""
-    image = bytearray(1 << 20)
+    """Firmware of nothing but a first instruction and its table, with a list of SEV sections."""
+    image = bytearray((1 << 20) - 16) + b"\xf4" * 16  # hlt
     place, end = 0x1000, len(image) - 32
     body = struct.pack("<4sIII", b"ASEV", 16 + 12 * len(sections), 1, len(sections))
     body += b"".join(struct.pack("<III", *section) for section in sections)

@@ -29,6 +29,23 @@ def defined(uri: str, igvm_qemu: Path, file: Path, tmp_path: Path) -> str:
     return uri
 
 
+@pytest.mark.parametrize("command", ["start", "dumpxml", "edit", "undefine", "verify"])
+def test_a_domain_that_is_not_there(uri: str, command: str) -> None:
+    result = igvmfw(command, "-c", uri, "nobody")
+    assert (result.code, result.out) == (4, "")
+    assert "domain 'nobody': Domain not found" in result.err
+    assert "virsh list --all" in result.err
+
+
+def test_an_emulator_that_is_not_there(uri: str, file: Path, tmp_path: Path) -> None:
+    xml = tmp_path / "guest.xml"
+    xml.write_text(domain(tmp_path / "nowhere", file, kind="qemu"))
+    result = igvmfw("define", "-c", uri, xml)
+    assert (result.code, result.out) == (4, "")
+    assert f"{tmp_path}/nowhere: No such file" in result.err
+    assert "<emulator>" in result.err
+
+
 def dumped(uri: str, *words: str) -> Domain:
     result = igvmfw("dumpxml", "-c", uri, *words, "guest")
     assert result.code == 0, result.err
