@@ -14,6 +14,7 @@ from pathlib import Path
 from igvmfw.errors import InputError, OutputError
 
 STDIN = "-"
+MAX_STDIN = 1 << 30  # bytes of standard input, which has to be held; real IGVM files have some MiB
 MAX_TEXT = 16 << 20  # bytes; no descriptor or domain XML comes near it
 
 
@@ -34,10 +35,17 @@ def mapped(path: Path | str) -> Iterator[memoryview]:
     Args:
         path: A regular file. `-` reads standard input to its end instead.
     Raises:
-        InputError: The file is missing, unreadable or not a regular file.
+        InputError: The file is missing, unreadable or not a regular file; standard input has more
+            than `MAX_STDIN` bytes.
     """
     if str(path) == STDIN:
-        yield memoryview(sys.stdin.buffer.read())
+        data = sys.stdin.buffer.read(MAX_STDIN + 1)
+        if len(data) > MAX_STDIN:
+            raise InputError(
+                f"standard input goes on after {MAX_STDIN >> 20} MiB",
+                hint="is it the right one? so large a file can be named instead",
+            )
+        yield memoryview(data)
         return
     try:
         # O_NONBLOCK: opening a FIFO must not wait for a writer; it is refused below
@@ -163,8 +171,11 @@ def write_output(path: Path, data: bytes | memoryview) -> None:
         ) from None
 
 
+TEMPORARY_SUFFIX = 8  # characters that follow the prefix, as tempfile.mkstemp makes them
+
+
 def temporary_prefix(path: Path) -> str:
-    """How the name begins that `write_atomic` gives a file first; 8 characters follow."""
+    """How the name begins that `write_atomic` gives a file first."""
     return f".{path.name[:100]}."
 
 

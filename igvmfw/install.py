@@ -352,21 +352,31 @@ def carry_out(place: Place, actions: Iterable[Action]) -> None:
     Raises:
         OutputError: A file cannot be written or removed; what was done before stays done.
     """
+    left: dict[Path, dict[str, list[str]]] = {}  # of each directory
     for action in actions:
-        real = _real_directory(action.path, place.root) / action.path.name
-        if action.kind is Kind.WRITE and action.data is not None:
-            _sweep(real)
+        if action.kind not in (Kind.WRITE, Kind.REMOVE):
+            continue
+        directory = _real_directory(action.path, place.root)
+        real = directory / action.path.name
+        if directory not in left:
+            left[directory] = _left_behind(directory)
+        for name in left[directory].get(files.temporary_prefix(real), ()):
+            with contextlib.suppress(OSError):
+                os.unlink(directory / name)
+        if action.data is not None:
             files.write_atomic(real, action.data)
-        elif action.kind is Kind.REMOVE:
-            _sweep(real)
+        else:
             _remove(real, action.path)
 
 
-def _sweep(path: Path) -> None:
-    """Remove what a killed process left of writing this file: nobody writes it now."""
-    for left in path.parent.glob(glob.escape(files.temporary_prefix(path)) + "?" * 8):
-        with contextlib.suppress(OSError):
-            left.unlink()
+def _left_behind(directory: Path) -> dict[str, list[str]]:
+    """What killed processes left of writing files, by the prefix of each: nobody writes it now."""
+    found: dict[str, list[str]] = {}
+    with contextlib.suppress(OSError):  # writing says what is wrong with it
+        for name in os.listdir(directory):
+            if name.startswith("."):
+                found.setdefault(name[: -files.TEMPORARY_SUFFIX], []).append(name)
+    return found
 
 
 def _remove(real: Path, shown: Path) -> None:

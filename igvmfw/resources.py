@@ -4,6 +4,7 @@ They are read through importlib.resources, so that an installed wheel, a zip and
 serve them the same way.
 """
 
+import functools
 import importlib.resources
 import json
 from typing import Any
@@ -53,6 +54,7 @@ def load_template(name: str) -> bytes:
     return _read("igvmfw.descriptors", f"{name}.json")
 
 
+@functools.cache
 def _names(package: str) -> tuple[str, ...]:
     entries = importlib.resources.files(package).iterdir()
     names = (entry.name for entry in entries)

@@ -35,7 +35,7 @@ class PageSource:
         self._left = MAX_UNBACKED
         self._sizes = {
             header.parameter_area_index: header.number_of_bytes
-            for header in image.headers
+            for header in image.others
             if isinstance(header, ParameterArea)
         }
 

@@ -129,12 +129,15 @@ class PageData(Header):
         QEMU's rule for the pages it hands over together (backends/igvm.c,
         qigvm_page_attrs_equal and qigvm_process_mem_page).
         """
+        # asked of every page: the fields of both at once, not one after the other
+        gpa, mask, place, flags, kind, _ = self
+        next_gpa, next_mask, next_place, next_flags, next_kind, _ = following
         return (
-            following.gpa == self.gpa + self.guest_size
-            and following.flags == self.flags
-            and following.data_type == self.data_type
-            and following.compatibility_mask == self.compatibility_mask
-            and (following.file_offset == 0) == (self.file_offset == 0)
+            next_gpa == gpa + (LARGE_PAGE_SIZE if flags & _IS_2MB_PAGE else PAGE_SIZE)
+            and next_mask == mask
+            and next_flags == flags
+            and next_kind == kind
+            and bool(next_place) is bool(place)
         )
 
     def breaches(self) -> Iterator[Breach]:  # noqa: D102

@@ -67,6 +67,8 @@ def find_discards(image: IgvmFile, mask: int) -> tuple[Discard, ...]:
         image: The file.
         mask: The compatibility mask of the platform that the guest takes.
     """
+    if not any(isinstance(header, RequiredMemory) for header in image.others):
+        return ()
     required = [
         (header.gpa, header.gpa + header.number_of_bytes, index, True)
         for index, header in enumerate(image.headers)

@@ -14,6 +14,7 @@ import jsonschema
 import pytest
 from sevsnpmeasure.ovmf import OVMF
 
+from igvmfw import files
 from igvmfw.igvm.headers import PageData
 from igvmfw.igvm.image import IgvmFile
 from igvmfw.platforms import Platform
@@ -285,6 +286,18 @@ def test_standard_input_is_a_file_too(file: Path) -> None:
         capture_output=True, timeout=60, check=True,
     )  # fmt: skip
     assert b"sev-snp" in done.stdout
+
+
+@pytest.mark.parametrize("words", [["inspect", "-"], ["measure", "--platform", "sev", "-"]])
+def test_standard_input_without_an_end_is_refused(
+    run: Run, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "MAX_STDIN", 1 << 20)
+    with open("/dev/zero", encoding="latin-1") as endless:
+        monkeypatch.setattr(sys, "stdin", endless)
+        code, out, err = run(*words)
+    assert (code, out) == (3, "")
+    one_line(err, "standard input", "goes on after 1 MiB")
 
 
 @pytest.mark.parametrize("which", ["firmware", "variables"])
