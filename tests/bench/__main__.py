@@ -33,7 +33,7 @@ from igvmfw.igvm.measure import Vmm, launch_digest, launch_updates
 from igvmfw.igvm.wrap import wrap
 from igvmfw.platforms import Platform
 from igvmfw.qemu.cpus import signature
-from tests.bench.report import Goal, duration, size, spread, table
+from tests.bench.report import Goal, duration, goals, size, spread, table
 from tests.bench.timing import Process, Samples, ratios, time_functions, time_processes
 from tests.igvm import samples as small
 from tests.sources import libvirt_source
@@ -276,7 +276,7 @@ def _measure(
                 bound=1.3,
                 shown=f"{spread(values)} times ({len(pages) >> 20} MiB)",
                 otherwise=f"the two calls of hashlib a page, which the chain is made of, take "
-                f"{spread(ratios(found[CHAIN], found[limit]))} times by themselves.  Tried: two "
+                f"{spread(ratios(found[CHAIN], found[limit]))} times by themselves. Tried: two "
                 "threads (hashlib lets others run meanwhile, but for 4 KiB the change takes "
                 "longer than it gains), Python's own SHA-384 (half as fast), the chain's records "
                 "put together by other means (nothing to see)",
@@ -502,9 +502,7 @@ def main() -> None:
             "",
             *versions(bench),
             "",
-            "| goal | found | |",
-            "|---|---|---|",
-            *(goal.line() for goal in bench.goals),
+            *goals(bench.goals),
         ]
     args.output.write_text("\n".join([*head, *bench.lines]).rstrip("\n") + "\n")
     print(f"bench: wrote {args.output}", file=sys.stderr)

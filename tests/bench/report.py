@@ -46,8 +46,15 @@ class Goal:
 
     def line(self) -> str:
         """Its row in the table of goals."""
-        verdict = "met" if self.met else f"**not met** {self.otherwise}".rstrip()
-        return f"| {self.text} | {self.shown} | {verdict} |"
+        return f"| {self.text} | {self.shown} | {'met' if self.met else '**not met**'} |"
+
+
+def goals(found: Sequence[Goal]) -> Iterator[str]:
+    """The table of goals, and why some were not met."""
+    yield from ("| goal | found | |", "|---|---|---|", *(goal.line() for goal in found))
+    for goal in found:
+        if goal.otherwise and not goal.met:
+            yield from ("", f"Not met: {goal.text}: {goal.otherwise}.")
 
 
 def table(samples: Mapping[str, Samples], base: str, *, of: str = "") -> Iterator[str]:
