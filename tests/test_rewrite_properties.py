@@ -15,8 +15,9 @@ from igvmfw.select import Choice
 from igvmfw.virt.document import canonical
 from igvmfw.virt.domain import Domain
 from tests.sources import libvirt_source, newer_libvirt_source
-from tests.test_rewrite import chosen, corpus
+from tests.test_rewrite_libvirt import corpus
 from tests.virt import domains
+from tests.virt.choices import chosen
 
 # reproducible in CI
 BOUNDED = settings(

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.bench.__main__ import OVMF
+from tests.bench.run import OVMF
 from tests.parts import need
 from tests.testbed.cache import printed
 
