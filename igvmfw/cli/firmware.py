@@ -45,14 +45,7 @@ _DONE = {
 }
 
 
-def _priority(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) <= 2):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number within 0 to 99")
-    return int(text)
-
-
-def _describe_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", nargs="+", metavar="FILE", help="an IGVM file")
+def _profile_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile",
         type=one_of(Profile),
@@ -61,6 +54,17 @@ def _describe_options(parser: argparse.ArgumentParser) -> None:
         metavar="PROFILE",
         help="upstream: what QEMU's firmware.json has; igvmfw (default): with vtpm as well",
     )
+
+
+def _priority(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= 2):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number within 0 to 99")
+    return int(text)
+
+
+def _describe_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="+", metavar="FILE", help="an IGVM file")
+    _profile_option(parser)
     for option, text in {
         "--interface": "what the firmware gives the guest: uefi, bios, … (default: from the file)",
         "--feature": "a feature that the file cannot tell, such as acpi-s3",
@@ -148,14 +152,7 @@ def _validate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "files", nargs="+", metavar="DESCRIPTOR", help="a descriptor; - is standard input"
     )
-    parser.add_argument(
-        "--profile",
-        type=one_of(Profile),
-        choices=tuple(Profile),
-        default=Profile.IGVMFW,
-        metavar="PROFILE",
-        help="upstream: QEMU's firmware.json; igvmfw (default): with vtpm as well",
-    )
+    _profile_option(parser)
     parser.add_argument(
         "--qemu",
         choices=QEMU_VERSIONS,
@@ -339,14 +336,7 @@ def _refresh_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where to look for *.igvm (default: where packages put them below /usr/share)",
     )
-    parser.add_argument(
-        "--profile",
-        type=one_of(Profile),
-        choices=tuple(Profile),
-        default=Profile.IGVMFW,
-        metavar="PROFILE",
-        help="upstream: what QEMU's firmware.json has; igvmfw (default): with vtpm as well",
-    )
+    _profile_option(parser)
     parser.add_argument(
         "--all", action="store_true", help="read every file, also one that looks unchanged"
     )
