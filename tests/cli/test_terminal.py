@@ -109,7 +109,7 @@ def test_an_interrupt_leaves_nothing(small: Path, tmp_path: Path) -> None:
     vendor = root / "usr/share/igvm"
     vendor.mkdir(parents=True)
     shutil.copy(small, vendor / "0.igvm")
-    for number in range(1, 20_000):  # more than are looked at before the interrupt comes
+    for number in range(1, 60_000):  # more than are looked at before the interrupt comes
         os.link(vendor / "0.igvm", vendor / f"{number}.igvm")
     with terminal() as seen:
         seen.start("refresh", "--root", root)

@@ -12,6 +12,7 @@ import pytest
 
 from igvmfw.cli.workers import MANY, each
 from igvmfw.errors import DescriptorError, HostError
+from igvmfw.igvm.wrap import wrap
 from igvmfw.platforms import Platform
 from tests.cli.terminal import terminal
 from tests.igvm import samples
@@ -59,9 +60,11 @@ def test_many_files_are_told_of_as_few_are(files: list[str]) -> None:
     ]
 
 
-def test_an_interrupt_ends_all(files: list[str], tmp_path: Path) -> None:
+def test_an_interrupt_ends_all(ovmf: Path, tmp_path: Path) -> None:
+    image = tmp_path / "ovmf.igvm"
+    image.write_bytes(wrap(ovmf.read_bytes(), [Platform.SEV]))
     with terminal() as seen, (tmp_path / "out").open("wb") as out:
-        seen.start("inspect", *files[:77] * 250, stdout=out)
+        seen.start("inspect", *[image] * 15_000, stdout=out)
         seen.wait_for(lambda text: "inspecting" in text)
         seen.type(b"\x03")
         assert seen.wait() == 130
