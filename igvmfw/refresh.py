@@ -251,7 +251,9 @@ def _plan_file(plan: _Plan, path: str, info: os.stat_result) -> None:
         host = str(plan.place.root / path.lstrip("/"))
         described = describe_file(host, root=plan.place.root, profile=plan.profile, note_time=True)
     except IgvmfwError as error:
-        plan.problems.append(error)
+        # its frames would keep the file mapped, and open, as long as the error
+        error.__context__ = None
+        plan.problems.append(error.with_traceback(None))
         if entry is not None:
             reason = f"{path} is no longer what it describes"
             plan.actions.append(Action(kind=Kind.REMOVE, path=entry.path, reason=reason))
