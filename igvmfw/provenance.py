@@ -3,7 +3,7 @@
 firmware.json keeps `tags` for development and debugging and has management software pass over
 them, so nobody chooses firmware by these.  Two are igvmfw's:
 
-    igvmfw-file=sha256:HEX,size:BYTES[,mtime:NANOSECONDS]   the IGVM file as it was
+    igvmfw-file=sha256:HEX,size:BYTES[,ctime:NANOSECONDS]   the IGVM file as it was
     igvmfw-seal=WRITER,sha256:HEX                           over all of the descriptor but this tag
 
 A descriptor whose seal holds was written by igvmfw and not edited since.  Only such a one is
@@ -20,7 +20,7 @@ from typing import Self
 from igvmfw.qemu.descriptor import Descriptor
 from igvmfw.records import Record
 
-_FILE = re.compile(r"igvmfw-file=sha256:([0-9a-f]{64}),size:(\d{1,20})(?:,mtime:(-?\d{1,20}))?")
+_FILE = re.compile(r"igvmfw-file=sha256:([0-9a-f]{64}),size:(\d{1,20})(?:,ctime:(-?\d{1,20}))?")
 _SEAL = re.compile(r"igvmfw-seal=(install|refresh),sha256:([0-9a-f]{64})")
 
 
@@ -37,13 +37,14 @@ class FileIdentity(Record):
     Attributes:
         sha256: Of its content, hexadecimal.
         size: In bytes.
-        mtime_ns: When it was last written, in nanoseconds since 1970; None where the descriptor
-            was made on another host, so that its text depends on the content alone.
+        ctime_ns: When its content or status last changed, in nanoseconds since 1970; None where the
+            descriptor's text shall depend on the content alone, as in packages.  Not the time of
+            writing: packages and images set that, and two versions of a file may share it.
     """
 
     sha256: str
     size: int
-    mtime_ns: int | None = None
+    ctime_ns: int | None = None
 
     @classmethod
     def of(cls, data: bytes | memoryview, info: os.stat_result | None = None) -> Self:
@@ -56,26 +57,26 @@ class FileIdentity(Record):
         return cls(
             sha256=hashlib.sha256(data).hexdigest(),
             size=memoryview(data).nbytes,
-            mtime_ns=None if info is None else info.st_mtime_ns,
+            ctime_ns=None if info is None else info.st_ctime_ns,
         )
 
     def tag(self) -> str:
         """The tag that says so."""
-        time = "" if self.mtime_ns is None else f",mtime:{self.mtime_ns}"
+        time = "" if self.ctime_ns is None else f",ctime:{self.ctime_ns}"
         return f"igvmfw-file=sha256:{self.sha256},size:{self.size}{time}"
 
     def looks_like(self, info: os.stat_result) -> bool:
         """Whether size and time say that a file is still this one; its content is not read."""
-        return info.st_size == self.size and info.st_mtime_ns == self.mtime_ns
+        return info.st_size == self.size and info.st_ctime_ns == self.ctime_ns
 
 
 def described_file(descriptor: Descriptor) -> FileIdentity | None:
     """The file that a descriptor was made for, where igvmfw noted it."""
     for tag in descriptor.tags:
         if found := _FILE.fullmatch(tag):
-            sha256, size, mtime = found.groups()
+            sha256, size, ctime = found.groups()
             return FileIdentity(
-                sha256=sha256, size=int(size), mtime_ns=None if mtime is None else int(mtime)
+                sha256=sha256, size=int(size), ctime_ns=None if ctime is None else int(ctime)
             )
     return None
 

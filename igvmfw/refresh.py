@@ -56,6 +56,7 @@ class _Plan:
     place: Place
     profile: Profile
     everything: bool
+    note_time: bool
     progress: Callable[[int, int], None]
     # by IGVM file: what an earlier refresh wrote, and nobody edited
     ours: dict[str, Entry] = field(default_factory=dict)
@@ -75,6 +76,7 @@ def refresh(
     *,
     profile: Profile = Profile.IGVMFW,
     everything: bool = False,
+    note_time: bool = True,
     dry_run: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Refreshed:
@@ -85,6 +87,8 @@ def refresh(
         directories: Where to look for files named *.igvm, as the host names them.
         profile: What the descriptors may hold.
         everything: Read every file, also one that looks unchanged.
+        note_time: Note each file's time, which the next refresh knows it by; without, the
+            descriptors depend on the files' contents alone, and the next one reads them.
         dry_run: Only say what would be done.
         progress: Told how many files have been looked at, of how many.
     Raises:
@@ -92,7 +96,13 @@ def refresh(
         InputError: A directory is not below the root.
     """
     found, problems = _find_files(place.root, directories)
-    plan = _Plan(place=place, profile=profile, everything=everything, progress=progress)
+    plan = _Plan(
+        place=place,
+        profile=profile,
+        everything=everything,
+        note_time=note_time,
+        progress=progress,
+    )
     if dry_run:
         _plan(plan, found, directories)
     else:
@@ -249,7 +259,9 @@ def _plan_file(plan: _Plan, path: str, info: os.stat_result) -> None:
         return
     try:
         host = str(plan.place.root / path.lstrip("/"))
-        described = describe_file(host, root=plan.place.root, profile=plan.profile, note_time=True)
+        described = describe_file(
+            host, root=plan.place.root, profile=plan.profile, note_time=plan.note_time
+        )
     except IgvmfwError as error:
         # its frames would keep the file mapped, and open, as long as the error
         error.__context__ = None
@@ -260,13 +272,23 @@ def _plan_file(plan: _Plan, path: str, info: os.stat_result) -> None:
         return
     target = entry.path if entry is not None else plan.place.directory / _free_name(plan, path)
     data = sealed(described.descriptor, Writer.REFRESH).write()
-    same = entry is not None and entry.descriptor == Descriptor.parse(data)
-    if same:
+    if entry is not None and entry.descriptor == Descriptor.parse(data):
         action = Action(kind=Kind.UNCHANGED, path=target, reason=f"{path} is unchanged")
     else:
-        reason = f"{path} {'changed' if entry is not None else 'is new'}"
+        reason = f"{path} {_what_changed(entry, described.descriptor)}"
         action = Action(kind=Kind.WRITE, path=target, reason=reason, data=data)
     plan.actions.append(action)
+
+
+def _what_changed(entry: Entry | None, now: Descriptor) -> str:
+    if entry is None or entry.descriptor is None:
+        return "is new"
+    before, after = described_file(entry.descriptor), described_file(now)
+    if before is None or after is None or before.sha256 != after.sha256:
+        return "changed"
+    if before.ctime_ns != after.ctime_ns:
+        return "has another time, and the same content"
+    return "is the same, and described anew"
 
 
 def _looks_unchanged(entry: Entry, info: os.stat_result) -> bool:

@@ -89,6 +89,8 @@ def test_the_identity_of_the_file_survives_in_a_tag(tmp_path: Path) -> None:
         tagged = descriptor().replace(tags=("other", identity.tag()))
         assert described_file(tagged) == identity
         assert identity.looks_like(path.stat()) is (info is not None)
+        if info is not None:
+            assert f"ctime:{info.st_ctime_ns}" in identity.tag()
     assert described_file(descriptor()) is None
     assert described_file(descriptor().replace(tags=("igvmfw-file=sha256:xyz,size:1",))) is None
 

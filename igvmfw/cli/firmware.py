@@ -269,7 +269,11 @@ def _install(args: argparse.Namespace) -> int:
             if name in described:
                 raise UsageError(f"two of the files would both become {name}")
             described[name] = describe_file(
-                path, root=args.root, profile=args.profile, stated=_stated(args), note_time=True
+                path,
+                root=args.root,
+                profile=args.profile,
+                stated=_stated(args),
+                note_time=_notes_times(),
             )
     if args.explain:
         for found in described.values():
@@ -368,6 +372,7 @@ def _refresh(args: argparse.Namespace) -> int:
             directories,
             profile=args.profile,
             everything=args.all,
+            note_time=_notes_times(),
             dry_run=args.dry_run,
             progress=shown,
         )
@@ -379,6 +384,11 @@ def _refresh(args: argparse.Namespace) -> int:
     _report(changes if is_quiet() and not args.json else done.actions, args, done.problems)
     # a file that needs a word from a person, or is for no QEMU, is no failure of this run
     return max((p.exit_code for p in done.problems if isinstance(p, InputError)), default=0)
+
+
+def _notes_times() -> bool:
+    """Not while an image is built that shall come out the same each time."""
+    return not os.environ.get("SOURCE_DATE_EPOCH")
 
 
 def _report(
