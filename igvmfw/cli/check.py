@@ -17,6 +17,8 @@ from igvmfw.platforms import Platform
 from igvmfw.qemu.acceptance import ANY_RELEASE, Acceptance, acceptance_of
 from igvmfw.qemu.emulator import host_acceptance
 
+MAX_ALIKE = 5  # findings of one rule that are shown: a file may have thousands of pages
+
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="an IGVM file; - is standard input")
@@ -82,9 +84,16 @@ def _show(platform: Platform, findings: list[Finding], qemu: Acceptance) -> None
         verdict = "would be launched" if findings else "would be launched as it is"
     by = "some release of QEMU" if qemu is ANY_RELEASE else qemu.name
     emit_folded(f"{platform}: {verdict} by {by}")
+    alike: dict[str, list[Finding]] = {}
     for finding in findings:
-        emit_folded(f"  {finding.severity} [{finding.rule}] {finding.where}: {finding.message}")
-        emit_folded(f"    {finding.remedy}")
+        alike.setdefault(finding.rule, []).append(finding)
+        if len(alike[finding.rule]) <= MAX_ALIKE:
+            emit_folded(f"  {finding.severity} [{finding.rule}] {finding.where}: {finding.message}")
+            emit_folded(f"    {finding.remedy}")
+    for rule, group in alike.items():
+        if len(group) > MAX_ALIKE:
+            more, last = len(group) - MAX_ALIKE, group[-1].where
+            emit_folded(f"  and {more} more [{rule}], the last at {last}; --json has them all")
 
 
 def _document(

@@ -67,6 +67,23 @@ def test_the_environment_names_an_emulator(
     assert "/does/not/exist: cannot run" in capsys.readouterr().err
 
 
+def test_what_is_alike_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    builder = ImageBuilder()
+    builder.add(samples.platform(Platform.SEV, 1))
+    for number in range(100):
+        builder.add_page(0x1000 * (1 + number), 1, samples.PAGE, flags=2)  # unmeasured
+    path = tmp_path / "many.igvm"
+    path.write_bytes(builder.build())
+    words = ["check", "--qemu", "10.2", str(path)]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert out.count("warning [unmeasured-plain]") == 5
+    assert "and 95 more [unmeasured-plain], the last at header 100, offset 0x" in out
+    assert main([*words, "--json"]) == 0
+    (platform,) = json.loads(capsys.readouterr().out)["platforms"]
+    assert len(platform["findings"]) == 100
+
+
 def test_json_is_what_the_schema_says(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["check", "--json", "--qemu", "10.2", "--platform", "native", "--platform", "tdx"]
     assert main([*words, str(file)]) == 1
