@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -72,11 +73,29 @@ def asks_again(error: IgvmfwError) -> bool:
     return answer != "" and answer.strip().lower() in ("", "y", "yes")
 
 
+@contextlib.contextmanager
+def _interrupts_for_the_editor() -> Iterator[None]:
+    """Pass over interrupts, which the terminal sends to both.
+
+    An editor may take one for a command, as emacs does; that must not cost the text.
+    """
+    # a function and not SIG_IGN, which the editor would inherit
+    before = {
+        number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGQUIT)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _run_editor(path: Path) -> None:
     # virsh's order; a value may have options
     editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
     try:
-        done = subprocess.run([*shlex.split(editor), str(path)], check=False)
+        with _interrupts_for_the_editor():
+            done = subprocess.run([*shlex.split(editor), str(path)], check=False)
     except (OSError, ValueError) as error:
         raise HostError(
             f"cannot run the editor: {getattr(error, 'strerror', None) or error}",

@@ -201,6 +201,19 @@ def test_what_is_wrong_can_be_edited_again(
     assert Domain.parse(kept(embed_root)).memory == 512 << 20
 
 
+def test_an_interrupt_is_the_editors(defined: str, embed_root: Path, tmp_path: Path) -> None:
+    """As emacs has it, where ^G is one: the terminal sends it to igvmfw as well."""
+    editor = tmp_path / "editor"
+    editor.write_text(
+        "#!/bin/sh\ntrap 'sed -i s,262144,524288, $1' INT\nkill -INT 0\nkill -QUIT $PPID\n"
+    )
+    editor.chmod(0o755)
+    with terminal(columns=300) as shown:
+        shown.start("edit", "-c", defined, "guest", environment={"VISUAL": str(editor)})
+        assert shown.wait() == 0, shown.text
+    assert Domain.parse(kept(embed_root)).memory == 512 << 20
+
+
 def test_what_a_changed_file_does_outlives_a_new_definition(
     defined: str, monkeypatch: pytest.MonkeyPatch, embed_root: Path, tmp_path: Path
 ) -> None:
