@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from igvmfw import preflight
 from igvmfw.errors import DomainError, IgvmfwError, InputError, RefusedError
 from igvmfw.launch import Options, prepare
 from igvmfw.machine import check_host
@@ -177,6 +178,12 @@ def test_what_passed_is_not_looked_at_again(tmp_path: Path) -> None:
     binary(qemu)  # replaced, with the same content
     assert warnings_of(domain, cache) == []
     assert log.read_text().count("asked") == 4
+    # so is igvmfw itself, whose rules may have been mended
+    module = Path(preflight.__file__)
+    module.chmod(module.stat().st_mode)  # which changes its ctime alone
+    for _ in range(2):
+        assert warnings_of(domain, cache) == []
+        assert log.read_text().count("asked") == 6
     # another file is another matter
     (tmp_path / "firmware.igvm").write_bytes(samples.small(Platform.NATIVE, Platform.SEV))
     with pytest.raises(RefusedError, match="the file changed"):
@@ -285,6 +292,26 @@ def call(hook: Path, xml: bytes, *words: str) -> tuple[int, str, str]:
 OWN = f"<domain><metadata><i:domain xmlns:i='{NAMESPACE}'/></metadata></domain>".encode()
 
 
+def test_it_can_be_switched_off(tmp_path: Path) -> None:
+    (tmp_path / "hooks/qemu.d").mkdir(parents=True)
+    broken = front(tmp_path / "hooks/qemu.d", "/nowhere/python3")
+    words = ("guest", "prepare", "begin", "-")
+    code, _, err = call(broken, OWN, *words)
+    off = tmp_path / "hooks/igvmfw.off"
+    assert code == 1
+    assert f"touch {off} has domains started unchecked" in err
+    off.touch()
+    assert call(broken, OWN, *words) == (0, "", "")
+
+
+@pytest.mark.parametrize("suffix", [".rpmsave", ".rpmnew", ".dpkg-old", ".dpkg-dist", "~"])
+def test_what_is_put_aside_of_it_stops_nothing(tmp_path: Path, suffix: str) -> None:
+    """libvirt runs whatever is executable in the directory."""
+    broken = front(tmp_path, "/nowhere/python3")
+    aside = broken.rename(f"{broken}{suffix}")
+    assert call(aside, OWN, "guest", "prepare", "begin", "-") == (0, "", "")
+
+
 @pytest.mark.parametrize(
     "operation",
     ["start", "started", "stopped", "release", "migrate", "restore", "reconnect", "attach"],
@@ -350,7 +377,7 @@ def test_a_failure_of_its_own_is_said_in_one_line(tmp_path: Path) -> None:
     assert done.returncode == 70
     assert said.startswith("igvmfw: error: cannot check the IGVM firmware of guest: KeyError: ")
     assert said.count("\n") == 1
-    assert "to start domains unchecked, take the hook /etc/libvirt/hooks/qemu.d/igvmfw away" in said
+    assert "touch /etc/libvirt/hooks/igvmfw.off has domains started unchecked" in said
 
 
 def test_the_hook_never_loads_libvirt(tmp_path: Path) -> None:
