@@ -40,8 +40,8 @@ def main(arguments: list[str]) -> int:
         _say(
             "error",
             f"cannot check the IGVM firmware of {arguments[0]}: {type(error).__name__}: {error} "
-            "(a bug, or igvmfw is not installed completely; to start domains unchecked, take the "
-            "hook /etc/libvirt/hooks/qemu.d/igvmfw away)",
+            "(a bug, or igvmfw is not installed completely; touch /etc/libvirt/hooks/igvmfw.off "
+            "has domains started unchecked)",
         )
         return EXIT_INTERNAL
     return 0

@@ -13,6 +13,7 @@ from igvmfw.virt.host import Capabilities
 
 HOOKS = "etc/libvirt/hooks"
 HOOK = f"{HOOKS}/qemu.d/igvmfw"
+HOOK_OFF = f"{HOOKS}/igvmfw.off"
 
 
 class Manager(StrEnum):
@@ -89,6 +90,7 @@ class Hook:
 
     Attributes:
         executable: Whether libvirt would run it.
+        off: Whether it was told to let every start pass.
         changed: When the file was last put there or changed, in seconds since the epoch.
         others: When the oldest of the other hooks for QEMU was; None where there is none.
         python: The interpreter it names; None where it names none.
@@ -97,6 +99,7 @@ class Hook:
     """
 
     executable: bool
+    off: bool
     changed: float
     others: float | None = None
     python: str | None = None

@@ -1,7 +1,7 @@
 """Whether libvirt's hook is installed, works, and was there when the daemon started.
 
-Source: docs/hooks.rst of libvirt; src/util/virhook.c: the daemon looks once, as it starts, whether
-there is a hook for QEMU, and runs none until its next start where there was none.
+Source: docs/hooks.rst of libvirt; src/util/virhook.c: the daemon looks whether there is a hook for
+QEMU as it starts and as it is reloaded, and runs none until then where there was none.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from igvmfw import rooted
-from igvmfw.doctor.facts import HOOK, HOOKS, Daemon, Hook
+from igvmfw.doctor.facts import HOOK, HOOK_OFF, HOOKS, Daemon, Hook
 from igvmfw.errors import EmulatorError, InputError
 from igvmfw.qemu.emulator import may_run, run_bounded
 
@@ -41,6 +41,7 @@ def find(root: Path) -> tuple[Hook | None, str | None]:
     python, failure, unseen = _interpreter(path, root)
     return Hook(
         executable=bool(info.st_mode & 0o111),
+        off=os.path.lexists(rooted.resolve(root, HOOK_OFF)),
         changed=info.st_ctime,
         others=_oldest_other(root, path),
         python=python,

@@ -100,6 +100,16 @@ def restart_daemon(names: Sequence[str], manager: Manager) -> str:
     return f"systemctl restart {' '.join(dict.fromkeys(names)) or daemon(manager)}"
 
 
+def reload_daemon(names: Sequence[str], manager: Manager) -> str:
+    """The command that has daemons look for hooks; who is connected stays so.
+
+    Args:
+        names: As for `restart_daemon`.
+        manager: The distribution's package manager.
+    """
+    return f"systemctl reload {' '.join(dict.fromkeys(names)) or daemon(manager)}"
+
+
 def igvm_emulator(manager: Manager) -> str:
     """What brings an emulator that takes IGVM files."""
     if manager in (Manager.DNF, Manager.ZYPPER):
@@ -137,7 +147,7 @@ def install_hook(names: Sequence[str], environment: str | None, manager: Manager
     install = f"install -D -m 755 packaging/libvirt-hook/igvmfw /{HOOK}"
     if environment is not None:  # which has igvmfw, as the distribution's Python has not
         install += f" && sed -i {shlex.quote(f's|^python=.*|python={environment}|')} /{HOOK}"
-    return f"in igvmfw's sources: {install} && {restart_daemon(names, manager)}"
+    return f"in igvmfw's sources: {install} && {reload_daemon(names, manager)}"
 
 
 def allow_reading(directories: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 
 from igvmfw.doctor import remedies
-from igvmfw.doctor.facts import HOOK, Facts, Found
+from igvmfw.doctor.facts import HOOK, HOOK_OFF, Facts, Found
 from igvmfw.doctor.line import ALL, PROTECTED, Line, Status, Topic
 from igvmfw.install import FIRST_TOLERANT_LIBVIRT
 from igvmfw.inventory import FileState, Row
@@ -283,11 +283,14 @@ def hook_lines(facts: Facts) -> Iterator[Line]:
         found = f"{path} is not there: libvirt checks no start by itself"
         yield line("installed", Status.MISSING, found, remedy)
         return
-    if hook.executable:
-        yield line("installed", Status.OK, path)
-    else:
+    if not hook.executable:
         found = f"{path} is switched off: it is not executable"
         yield line("installed", Status.WRONG, found, f"chmod 755 {path}")
+    elif hook.off:
+        found = f"{path} is switched off by /{HOOK_OFF}"
+        yield line("installed", Status.WRONG, found, f"rm /{HOOK_OFF}")
+    else:
+        yield line("installed", Status.OK, path)
     if hook.unseen is not None:
         yield line("python", Status.UNKNOWN, hook.unseen)
     elif hook.failure is not None:
@@ -320,10 +323,10 @@ def _active(facts: Facts) -> Line:
         first = late[0]
         found = (
             f"{first.name} (process {first.pid}) runs since {_time(first.started)}, the hook is "
-            f"there since {_time(since)}: a daemon takes hooks up only as it starts"
+            f"there since {_time(since)}: it has taken the hook up only if it was reloaded since"
         )
-        remedy = remedies.restart_daemon([daemon.name for daemon in late], facts.manager)
-        return line(Status.WRONG, found, remedy)
+        remedy = remedies.reload_daemon([daemon.name for daemon in late], facts.manager)
+        return line(Status.UNKNOWN, found, remedy)
     if not facts.daemons:
         return line(Status.OK, "no daemon runs: the next that starts takes the hook up")
     names = ", ".join(f"{d.name} (process {d.pid})" for d in facts.daemons)

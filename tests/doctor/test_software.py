@@ -149,7 +149,7 @@ def test_emulators_that_cannot_launch_every_guest(
 
 
 NOW = 1_000_000.0
-HOOK = Hook(executable=True, changed=NOW, python="/usr/bin/python3")
+HOOK = Hook(executable=True, off=False, changed=NOW, python="/usr/bin/python3")
 EARLY, LATE = (
     Daemon(name="virtqemud", pid=7, started=NOW - 5),
     Daemon(name="virtqemud", pid=8, started=NOW + 5),
@@ -159,13 +159,14 @@ EARLY, LATE = (
 @pytest.mark.parametrize(
     ("hook", "daemons", "name", "status", "remedy"),
     [
-        (None, (EARLY,), "installed", MISSING, "systemctl restart virtqemud"),
+        (None, (EARLY,), "installed", MISSING, "systemctl reload virtqemud"),
         (HOOK, (LATE,), "active", OK, ""),
         (HOOK, (), "active", OK, ""),
-        (HOOK, (LATE, EARLY), "active", WRONG, "systemctl restart virtqemud"),
+        (HOOK, (LATE, EARLY), "active", UNKNOWN, "systemctl reload virtqemud"),
         # there was another hook, and with that all are taken up
         (replace(HOOK, others=NOW - 9), (EARLY,), "active", OK, ""),
         (replace(HOOK, executable=False), (LATE,), "installed", WRONG, "chmod 755"),
+        (replace(HOOK, off=True), (LATE,), "installed", WRONG, "rm /etc/libvirt/hooks/igvmfw.off"),
         (replace(HOOK, failure="No module named 'igvmfw'"), (LATE,), "python", WRONG, "python="),
         (replace(HOOK, unseen="not run"), (LATE,), "python", UNKNOWN, ""),
     ],

@@ -45,5 +45,6 @@ def daemon(running: Daemon) -> Iterator[Daemon]:
     yield running
     running.remove_all()
     install_hook(running.hook, running.python)
+    running.off.unlink(missing_ok=True)
     (running.root / "dev/sev").touch()
     shutil.rmtree(running.root / "module/kvm_amd", ignore_errors=True)

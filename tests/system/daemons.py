@@ -4,6 +4,7 @@ import contextlib
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -90,6 +91,15 @@ class Daemon:
     def hook(self) -> Path:
         return self.root / "etc/hooks/qemu.d/igvmfw"
 
+    @property
+    def off(self) -> Path:
+        """Where it is there, the hook is switched off."""
+        return self.root / "etc/hooks/igvmfw.off"
+
+    def reload(self) -> None:
+        """As systemctl reload does."""
+        os.kill(int((self.root / "run/libvirtd.pid").read_text()), signal.SIGHUP)
+
     def remove_all(self) -> None:
         for name in self.virsh("list", "--name").out.split():
             self.virsh("destroy", name)
@@ -111,12 +121,15 @@ def _libvirt_user_exists() -> bool:
 
 
 @contextlib.contextmanager
-def serving(suite: str | None = None, *, firmware: Path | None = None) -> Iterator[Daemon]:
+def serving(
+    suite: str | None = None, *, firmware: Path | None = None, hook: bool = True
+) -> Iterator[Daemon]:
     """A libvirtd until the end of the block.
 
     Args:
         suite: The newer release whose libvirtd it is; None for this host's.
         firmware: A tree whose firmware descriptors a newer release's sees instead of its own.
+        hook: Whether it has igvmfw's hook.
     """
     need(os.geteuid() == 0, "root, for a libvirtd in a mount namespace")
     need(shutil.which("libvirtd", path="/usr/sbin:/usr/bin") is not None, "libvirtd")
@@ -136,7 +149,8 @@ def serving(suite: str | None = None, *, firmware: Path | None = None) -> Iterat
         python.write_text(f'#!/bin/sh\nexec chroot /host {sys.executable} "$@"\n')
         python.chmod(0o755)
     daemon = Daemon(root=root, python=python)
-    install_hook(daemon.hook, python)
+    if hook:
+        install_hook(daemon.hook, python)
     process = subprocess.Popen(
         ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh", root, *words],
         stdout=subprocess.DEVNULL,

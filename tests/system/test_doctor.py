@@ -54,10 +54,12 @@ def test_a_daemon_and_its_hook(running: Daemon) -> None:
     # a hook that came after the daemon
     install_hook(running.hook, "/bin/false")
     lines = inspect()
-    assert lines["active"]["status"] == "wrong"
-    assert lines["active"]["remedy"] == "systemctl restart libvirtd"
+    assert lines["active"]["status"] == "unknown"
+    assert lines["active"]["remedy"] == "systemctl reload libvirtd"
     assert lines["python"]["status"] == "wrong"
     assert "/bin/false cannot load igvmfw" in lines["python"]["found"]
+    running.off.touch()
+    assert inspect()["installed"]["remedy"] == "rm /etc/libvirt/hooks/igvmfw.off"
     running.hook.chmod(0o644)
     assert inspect()["installed"]["remedy"] == "chmod 755 /etc/libvirt/hooks/qemu.d/igvmfw"
     running.hook.unlink()

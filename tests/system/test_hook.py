@@ -13,8 +13,9 @@ from igvmfw import statefile
 from igvmfw.qemu import emulator
 from tests.parts import need
 from tests.system import vtpm
-from tests.system.daemons import Daemon, install_hook
+from tests.system.daemons import Daemon, install_hook, serving
 from tests.system.guests import domain, igvmfw, wrap
+from tests.testbed.cache import SUITES
 from tests.testbed.standin import make_emulator
 
 HERE_ALONE = pytest.mark.parametrize("running", ["host"], indirect=True)
@@ -53,6 +54,27 @@ def test_a_guest_whose_file_is_as_chosen_starts(daemon: Daemon, native: Path) ->
     assert daemon.virsh("destroy", "guest").code == 0
     assert daemon.virsh("start", "--paused", "guest").err == ""
     assert len(list(kept.iterdir())) == 1
+
+
+@pytest.mark.parametrize("suite", [None, *SUITES[-1:]])
+def test_a_reload_has_libvirt_look_for_it(
+    suite: str | None, igvm_qemu: Path, ovmf: Path, tmp_path: Path
+) -> None:
+    with serving(suite, hook=False) as daemon:
+        file = wrap(ovmf, tmp_path / "native.igvm")
+        xml = tmp_path / "guest.xml"
+        xml.write_text(domain(igvm_qemu, file))
+        assert igvmfw("define", "-c", daemon.uri, xml).code == 0
+        install_hook(daemon.hook, daemon.python)
+        file.write_bytes(file.read_bytes()[:-1])
+        assert "Hook script" not in daemon.virsh("start", "guest").err
+        daemon.virsh("destroy", "guest")
+        daemon.reload()
+        deadline = time.monotonic() + 30
+        while "Hook script" not in daemon.virsh("start", "guest").err:
+            daemon.virsh("destroy", "guest")
+            assert time.monotonic() < deadline
+        assert "the file should have" in refused(daemon)
 
 
 def test_a_missing_file(daemon: Daemon, native: Path) -> None:
@@ -252,10 +274,10 @@ def test_a_hook_that_fails_stops_igvmfws_domains_alone(
     assert said.startswith("cannot check the IGVM firmware of guest: ")
     assert reason in said
     assert f"install igvmfw for {python} or correct that path in /etc/libvirt/hooks" in said
-    assert "chmod -x /etc/libvirt/hooks/qemu.d/igvmfw starts domains unchecked" in said
+    assert "touch /etc/libvirt/hooks/igvmfw.off has domains started unchecked" in said
     start_foreign(daemon, tmp_path)
     # and so it does
-    daemon.hook.chmod(0o644)
+    daemon.off.touch()
     assert daemon.virsh("start", "--paused", "guest").err == ""
 
 
