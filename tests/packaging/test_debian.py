@@ -18,6 +18,7 @@ from igvmfw.igvm.wrap import wrap
 from igvmfw.platforms import Platform
 from igvmfw.refresh import vendor_directories
 from tests.conftest import QEMU_CONF
+from tests.packaging.documents import dead_references
 from tests.testbed.cache import SUITES
 from tests.testbed.package_root import PackageRoot
 
@@ -210,6 +211,10 @@ def test_files_are_where_debian_has_them(root: DebRoot) -> None:
     }
 
 
+def test_the_documentation_is_whole(root: DebRoot) -> None:
+    assert dead_references(root, "/usr/share/doc/igvmfw") == ""
+
+
 def test_an_igvm_file_of_another_package(root: DebRoot) -> None:
     """Installed, upgraded and removed, by the triggers alone; libvirt goes on as before."""
     own_choice = root.autoselected()
@@ -303,6 +308,8 @@ def test_purging_leaves_nothing(root: DebRoot) -> None:
     root.run("touch", "/run/igvmfw/entry")
     into = ["--into", "igvmfw", "--name", "mine"]
     root.run("igvmfw", "install", *into, "/usr/share/igvm/vendor.igvm")
+    root.run("cp", "/usr/share/igvm/vendor.igvm", "/etc/igvmfw/mine.igvm")
+    root.run("touch", "/etc/libvirt/hooks/igvmfw.off")
     root.apt("remove", "igvmfw")
     left = root.files() - bare
     assert f"{FIRMWARE}/70-igvm-vendor.json" not in left
@@ -313,7 +320,9 @@ def test_purging_leaves_nothing(root: DebRoot) -> None:
     assert root.run(hook, "guest", "prepare", "begin", "-", stdin=xml) == ""
     root.apt("purge", *OUR_PACKAGES)
     apt = {"/var/lib/apt/lists/auxfiles"}  # apt itself makes it when it is first run
-    assert root.files() - bare - vendor - apt == set()
+    # an image is the administrator's
+    mine = {"/etc/igvmfw", "/etc/igvmfw/mine.igvm"}
+    assert root.files() - bare - vendor - apt == mine
     assert bare - root.files() == set()
 
 

@@ -19,6 +19,7 @@ from igvmfw import __version__
 from igvmfw.igvm.wrap import wrap
 from igvmfw.platforms import Platform
 from igvmfw.refresh import vendor_directories
+from tests.packaging.documents import dead_references
 from tests.parts import need
 from tests.sources import rpmlint_settings
 from tests.testbed.package_root import PackageRoot
@@ -56,13 +57,12 @@ BuildArch: noarch
 What Debian's packages provide.
 %install
 mkdir -p %{{buildroot}}/usr/lib/python3/dist-packages %{{buildroot}}{site_packages}
-mkdir -p %{{buildroot}}/usr/share/licenses %{{buildroot}}/etc/libvirt/hooks
+mkdir -p %{{buildroot}}/usr/share/licenses
 echo {site_packages} >%{{buildroot}}/usr/lib/python3/dist-packages/site-packages.pth
 %files
 /usr/lib/python3/dist-packages/site-packages.pth
 %dir {site_packages}
 %dir /usr/share/licenses
-%dir /etc/libvirt/hooks
 """
 VENDOR = """
 Name: {name}
@@ -92,8 +92,42 @@ BuildArch: noarch
 Nothing more.
 %install
 install -D /dev/null %{{buildroot}}/usr/lib64/libvirt.so.0.{release}
+mkdir -p %{{buildroot}}/etc/libvirt
 %files
 /usr/lib64/libvirt.so.0.{release}
+%dir %attr(0700, root, root) /etc/libvirt
+"""
+# as libvirt's own spec file has its directories
+DRIVER = """
+Name: libvirt-daemon-driver-qemu
+Version: 1
+Release: 1
+Summary: The name of libvirt's driver
+License: MIT
+BuildArch: noarch
+Requires: libvirt-libs
+%description
+Nothing more.
+%install
+mkdir -p %{buildroot}/etc/libvirt/hooks
+%files
+%dir /etc/libvirt/hooks
+"""
+DESCRIPTOR = """
+Name: descriptor
+Version: 1
+Release: 1
+Summary: The descriptor of another package's file
+License: MIT
+BuildArch: noarch
+%description
+Nothing more.
+%install
+install -D -t %{buildroot}/usr/share/igvm /usr/share/igvm/vendor.igvm
+%igvmfw_descriptor /usr/share/igvm/vendor.igvm
+rm -r %{buildroot}/usr/share/igvm
+%files
+%{igvmfw_firmwaredir}/60-vendor.json
 """
 SITE_PACKAGES = (
     "import sysconfig; print(sysconfig.get_path('purelib', 'posix_prefix', {'base': '/usr'}))"
@@ -142,6 +176,14 @@ class RpmRoot(PackageRoot):
         assert done.returncode == 0, done.stderr
         return f"/shared/made/noarch/{name}-{version}-1.noarch.rpm"
 
+    def libvirt(self, release: str) -> list[str]:
+        """Build packages with the names of libvirt's; their paths in the root."""
+        for spec in (LIBRARY.format(release=release), DRIVER):
+            done = self.build(spec)
+            assert done.returncode == 0, done.stderr
+        names = (f"libvirt-libs-{release}-1", "libvirt-daemon-driver-qemu-1-1")
+        return [f"/shared/made/noarch/{name}.noarch.rpm" for name in names]
+
     def listed(self) -> dict[str, list[str]]:
         """The descriptors that igvmfw lists in the root, with their platforms."""
         rows = json.loads(self.try_run("igvmfw", "list", "--json").stdout)["firmware"]
@@ -189,6 +231,7 @@ def ours(*names: str) -> list[str]:
 
 PROGRAM = ours("igvmfw", "python3-igvmfw")
 MACROS = ours("igvmfw-rpm-macros")
+HOOK = ours("igvmfw-libvirt-hook")
 NATIVE, SEV = Platform.NATIVE, Platform.SEV
 
 
@@ -269,6 +312,15 @@ def test_a_package_that_brings_its_descriptor_keeps_it(root: RpmRoot) -> None:
     assert root.listed() == {path: ["sev"]}
 
 
+def test_a_package_of_descriptors_alone(root: RpmRoot) -> None:
+    root.rpm("-i", *PROGRAM, *MACROS, root.vendor(1, SEV))
+    assert list(root.listed()) == [f"{FIRMWARE}/70-igvm-vendor.json"]
+    done = root.build(DESCRIPTOR)
+    assert done.returncode == 0, done.stderr
+    assert root.rpm("-i", "/shared/made/noarch/descriptor-1-1.noarch.rpm") == ""
+    assert list(root.listed()) == [f"{FIRMWARE}/60-vendor.json"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -290,9 +342,7 @@ def test_descriptors_follow_the_libvirt_that_is_installed(root: RpmRoot) -> None
     root.run("sh", "-c", "rm /usr/lib/*/libvirt.so.0.*")  # Debian's, which rpm knows nothing of
     root.rpm("-i", *PROGRAM, root.vendor(1, NATIVE))
     for release, directory in (("9000.0", "igvmfw"), ("10007.0", "qemu")):
-        done = root.build(LIBRARY.format(release=release))
-        assert done.returncode == 0, done.stderr
-        root.rpm("-U", f"/shared/made/noarch/libvirt-libs-{release}-1.noarch.rpm")
+        root.rpm("-U", root.libvirt(release)[0])
         assert list(root.listed()) == [f"/usr/share/{directory}/firmware/70-igvm-vendor.json"]
 
 
@@ -307,7 +357,7 @@ def test_what_the_packages_require_is_judged(root: RpmRoot) -> None:
 
 
 def test_what_is_installed_where(root: RpmRoot) -> None:
-    root.rpm("-i", *PROGRAM, *MACROS)
+    root.rpm("-i", *PROGRAM, *MACROS, *HOOK, *root.libvirt("10007.0"))
     files = set(root.rpm("-ql", "igvmfw").split())
     assert {
         "/usr/bin/igvmfw",
@@ -317,14 +367,17 @@ def test_what_is_installed_where(root: RpmRoot) -> None:
         "/usr/share/zsh/site-functions/_igvmfw",
         "/usr/share/fish/vendor_completions.d/igvmfw.fish",
     } <= files
-    for package in ("igvmfw", "python3-igvmfw", "igvmfw-rpm-macros"):
+    for package in ("igvmfw", "python3-igvmfw", "igvmfw-rpm-macros", "igvmfw-libvirt-hook"):
         assert root.rpm("-qL", package).strip().endswith(f"/{package}-{__version__}/LICENSE")
-    assert root.rpm("-qc", "igvmfw").split() == ["/etc/libvirt/hooks/qemu.d/igvmfw"]
+    assert root.rpm("-qc", "igvmfw-libvirt-hook").split() == ["/etc/libvirt/hooks/qemu.d/igvmfw"]
+    # the directory is libvirt's, and stays as it has it
+    assert root.run("stat", "-c", "%a", "/etc/libvirt") == "700\n"
+    assert dead_references(root, "/usr/share/doc/igvmfw") == ""
     assert "igvmfw refresh" in root.run("man", "igvmfw-refresh")
 
 
 def test_the_hook_works_as_it_is_installed(root: RpmRoot) -> None:
-    root.rpm("-i", *PROGRAM, root.vendor(1, NATIVE))
+    root.rpm("-i", *PROGRAM, *HOOK, *root.libvirt("10007.0"), root.vendor(1, NATIVE))
     domain = (
         "<domain type='qemu'><name>g</name><memory>65536</memory>"
         "<os firmware='igvm'><type arch='x86_64' machine='q35'>hvm</type></os></domain>"
@@ -335,6 +388,14 @@ def test_the_hook_works_as_it_is_installed(root: RpmRoot) -> None:
     refused = root.try_run(*hook, stdin=rewritten)
     assert refused.returncode == 1
     assert "/usr/share/igvm/vendor.igvm" in refused.stderr
+    # switched off, it stays so; and what rpm puts aside is no hook
+    root.run("touch", "/etc/libvirt/hooks/igvmfw.off")
+    root.rpm("-U", "--replacepkgs", *HOOK)
+    assert root.run(*hook, stdin=rewritten) == ""
+    root.run("rm", "/etc/libvirt/hooks/igvmfw.off")
+    root.run("sed", "-i", "s/^python=.*/python=other/", hook[0])
+    assert f"{hook[0]}.rpmsave" in root.rpm("-e", "igvmfw-libvirt-hook")
+    assert root.run(f"{hook[0]}.rpmsave", *hook[1:], stdin=rewritten) == ""
 
 
 @pytest.mark.parametrize(
@@ -349,10 +410,10 @@ def test_rpmlint_finds_nothing(root: RpmRoot, distribution: str, exceptions: str
     shutil.copytree(settings / distribution, root.shared / "settings")
     shutil.copytree(SPEC.parent, root.shared / "rpm")
     words = ["-c", "/shared/settings", "-r", f"/shared/rpm/{exceptions}"]
-    shown = root.try_run("rpmlint", *words, *PROGRAM, *MACROS, "/shared/rpm/igvmfw.spec")
+    shown = root.try_run("rpmlint", *words, *PROGRAM, *MACROS, *HOOK, "/shared/rpm/igvmfw.spec")
     found = re.findall(r"^\S+: [EW]: .*", shown.stdout, re.MULTILINE)
     assert found == [], shown.stdout
-    assert "3 packages and 1 specfiles checked; 0 errors, 0 warnings" in shown.stdout, shown
+    assert "4 packages and 1 specfiles checked; 0 errors, 0 warnings" in shown.stdout, shown
 
 
 @pytest.mark.parametrize(
@@ -382,7 +443,8 @@ def test_the_spec_file_as_each_distribution_reads_it(
         assert re.search(pattern, text), pattern
     for pattern in has_not:
         assert not re.search(pattern, text), pattern
-    directories = " ".join(f"{directory}/" for directory in vendor_directories())
+    watched = (*vendor_directories(), "/usr/share/igvmfw/firmware")
+    directories = " ".join(f"{directory}/" for directory in watched)
     assert f"%transfiletriggerin -- {directories}\n" in text
     assert f"%transfiletriggerpostun -- {directories}\n" in text
     assert re.search(rf"^Version: +{re.escape(__version__)}$", text, re.MULTILINE)
