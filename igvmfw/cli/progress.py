@@ -52,8 +52,10 @@ class Progress:
 
     def _text(self) -> str:
         if self._total is None:
-            return f"{self._label} {self._unit}"
-        return f"{self._label}: {self._done} of {self._total} {self._unit}"
+            text = f"{self._label} {self._unit}"
+        else:
+            text = f"{self._label}: {self._done} of {self._total} {self._unit}"
+        return output.one_line(text)  # rich takes away some control characters, and not ESC
 
     def _update(self) -> None:
         bar = self._bar

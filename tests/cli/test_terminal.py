@@ -13,6 +13,7 @@ import pytest
 
 from tests.cli.terminal import SECONDS, terminal
 from tests.doctor import hosts
+from tests.fuzz.shapes import pages_apart
 from tests.igvm import samples
 
 BAR = re.compile("[━╸╺]{5}")
@@ -138,6 +139,16 @@ def test_an_end_by_signal_gives_the_cursor_back() -> None:
     finally:
         os.close(read)
         os.close(write)
+
+
+def test_a_files_name_drives_no_terminal(tmp_path: Path) -> None:
+    path = tmp_path / "x\x1b]0;OWNED\x07\x1b[31mred\n.igvm"
+    path.write_bytes(pages_apart(2 << 20))  # which take seconds to measure
+    with terminal(columns=300) as seen:
+        seen.start("measure", path, "--platform", "sev-snp", "--cpu", "EPYC-v4")
+        screen = seen.wait_for(lambda text: "measuring" in text)
+        assert r"/x\x1b]0;OWNED\x07\x1b[31mred\n.igvm" in screen
+        assert seen.screen.title == ""
 
 
 def test_a_log_gets_plain_lines() -> None:
