@@ -1,10 +1,11 @@
 """What is known about a host before anything is judged."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
+from igvmfw.doctor.apparmor import Rules
 from igvmfw.inventory import Row
 from igvmfw.machine import Machine
 from igvmfw.qemu.catalog import Catalog
@@ -123,14 +124,14 @@ class Confinement:
     Attributes:
         apparmor: Whether AppArmor is on; None where that cannot be seen.
         abstraction: Whether /etc/apparmor.d/abstractions/libvirt-qemu is there.
-        readable: The directories that the profile of guests lets them read.
+        rules: AppArmor's rules for all guests, which that file has or includes.
         selinux: Whether SELinux enforces its policy.
         types: SELinux' type of each IGVM file that could be seen.
     """
 
     apparmor: bool | None = False
     abstraction: bool = False
-    readable: tuple[str, ...] = ()
+    rules: Rules = field(default_factory=Rules)
     selinux: bool = False
     types: Mapping[str, str]
 

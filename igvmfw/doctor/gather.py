@@ -18,6 +18,8 @@ from pathlib import Path
 
 from igvmfw import files, rooted
 from igvmfw.doctor import hooks
+from igvmfw.doctor.apparmor import is_leftover
+from igvmfw.doctor.apparmor import load as load_rules
 from igvmfw.doctor.facts import (
     Account,
     Confinement,
@@ -40,9 +42,8 @@ _MAX_EMULATORS = 16
 _MAX_CONFIGURATION = 1 << 20  # bytes
 _QEMU_CONF = "etc/libvirt/qemu.conf"
 _SETTING = re.compile(r"^\s*(user|group|namespaces|security_driver)\s*=\s*(.+?)\s*$", re.M)
-_ABSTRACTIONS = "etc/apparmor.d/abstractions"
-# `/usr/share/OVMF/** rk,`: a directory with all below it (apparmor.d(5))
-_READABLE = re.compile(r"^\s*(/[^\s{}\[\]?*]*/)\*\*?\s+[a-z]*r[a-z]*,", re.M)
+_APPARMOR = "etc/apparmor.d"
+_GUESTS = "abstractions/libvirt-qemu"  # there: the rules for all guests
 _USERS = {Manager.APT: "libvirt-qemu"}  # Debian's and Ubuntu's; everywhere else it is qemu
 _DENIED = re.compile(r"Permission denied|authentication|polkit|access denied", re.I)
 
@@ -231,21 +232,27 @@ def _probe(path: Path, origin: str, root: Path) -> Found:
 
 def _confinement(root: Path, rows: tuple[Row, ...]) -> Confinement:
     apparmor = _text(root, "sys/module/apparmor/parameters/enabled")
-    stock = _text(root, f"{_ABSTRACTIONS}/libvirt-qemu")
-    texts = [stock.text or ""]
-    additions = rooted.resolve(root, f"{_ABSTRACTIONS}/libvirt-qemu.d")
-    with contextlib.suppress(OSError):
-        texts += [
-            _text(root, f"{_ABSTRACTIONS}/libvirt-qemu.d/{name}").text or ""
-            for name in sorted(os.listdir(additions))[:100]
-        ]
+    stock = _text(root, f"{_APPARMOR}/{_GUESTS}")
     return Confinement(
         apparmor=None if apparmor.problem else (apparmor.text or "").strip() == "Y",
-        abstraction=stock.text is not None,
-        readable=tuple(path for text in texts for path in _READABLE.findall(text)),
+        abstraction=stock != Text(),
+        rules=load_rules(_GUESTS, lambda name: _rule_texts(root, name)),
         selinux=(_text(root, "sys/fs/selinux/enforce").text or "").strip() == "1",
         types=dict(_types(root, rows)),
     )
+
+
+def _rule_texts(root: Path, name: str) -> Iterator[Text]:
+    """A file of AppArmor's rules, or those in a directory."""
+    path = f"{_APPARMOR}/{name}"
+    try:
+        names = os.listdir(rooted.resolve(root, path))
+    except (OSError, IgvmfwError):
+        yield _text(root, path)
+        return
+    for name in sorted(name for name in names if not is_leftover(name)):
+        if not rooted.resolve(root, f"{path}/{name}").is_dir():
+            yield _text(root, f"{path}/{name}")
 
 
 def _types(root: Path, rows: tuple[Row, ...]) -> Iterator[tuple[str, str]]:

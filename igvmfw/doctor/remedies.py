@@ -6,6 +6,7 @@ Package names: Debian 12 and 13, Ubuntu 24.04, Fedora 42, openSUSE Tumbleweed.
 import shlex
 from collections.abc import Sequence
 
+from igvmfw.doctor.apparmor import reading_rule
 from igvmfw.doctor.facts import HOOK, Manager
 
 _INSTALL = {
@@ -152,6 +153,7 @@ def install_hook(names: Sequence[str], environment: str | None, manager: Manager
 
 def allow_reading(directories: Sequence[str]) -> str:
     """The command that lets AppArmor's guests read directories."""
-    path = "/etc/apparmor.d/abstractions/libvirt-qemu.d/igvmfw"
-    rules = " ".join(shlex.quote(f"{directory}/** r,") for directory in directories)
+    # of its own: the file igvmfw beside it is a package's
+    path = "/etc/apparmor.d/abstractions/libvirt-qemu.d/igvmfw-local"
+    rules = " ".join(shlex.quote(reading_rule(directory)) for directory in directories)
     return f"mkdir -p {path.rpartition('/')[0]} && printf '%s\\n' {rules} >> {path}"

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 
 from igvmfw.doctor import remedies
+from igvmfw.doctor.apparmor import Access, judge
 from igvmfw.doctor.facts import HOOK, HOOK_OFF, Facts, Found
 from igvmfw.doctor.line import ALL, PROTECTED, Line, Status, Topic
 from igvmfw.install import FIRST_TOLERANT_LIBVIRT
@@ -352,20 +353,38 @@ def confinement_lines(facts: Facts) -> Iterator[Line]:
         yield line("apparmor", Status.UNKNOWN, "whether AppArmor is on cannot be read")
     files = [row.entry.descriptor.mapping.filename for row in _rows(facts) if row.entry.descriptor]
     if confinement.apparmor and confinement.abstraction:
-        closed = [f for f in files if not f.startswith(confinement.readable)]
-        folders = sorted({os.path.dirname(file) for file in closed})
-        if closed:
-            found = f"AppArmor keeps guests from reading {', '.join(closed)}"
-            yield line("apparmor", Status.WRONG, found, remedies.allow_reading(folders))
-        else:
-            found = f"AppArmor lets guests read all {len(files)} files that descriptors name"
-            yield line("apparmor", Status.OK, found)
+        yield from _apparmor(facts, files)
     elif confinement.apparmor:
         yield line("apparmor", Status.OK, "AppArmor is on, without a profile for libvirt's guests")
     if confinement.selinux:
         yield from _selinux(facts, files)
     if confinement.apparmor is False and not confinement.selinux:
         yield line("security-driver", Status.OK, "neither AppArmor nor SELinux confines guests")
+
+
+def _apparmor(facts: Facts, files: list[str]) -> Iterator[Line]:
+    def line(status: Status, found: str, remedy: str | None = None) -> Line:
+        return Line(
+            topic=Topic.CONFINEMENT, name="apparmor", status=status, found=found, remedy=remedy
+        )
+
+    judged = judge(facts.confinement.rules, files)
+    closed = [file for file, (access, _) in judged.items() if access is Access.CLOSED]
+    if closed:
+        folders = sorted({os.path.dirname(file) for file in closed})
+        found = f"AppArmor keeps guests from reading {', '.join(closed)}"
+        yield line(Status.WRONG, found, remedies.allow_reading(folders))
+    for file, (access, why) in judged.items():
+        if access is Access.DENIED:
+            found = f"AppArmor keeps guests from reading {file}: its rules have '{why}'"
+            remedy = "take that rule out of /etc/apparmor.d, or install the file elsewhere"
+            yield line(Status.WRONG, found, remedy)
+        elif access is Access.UNCLEAR:
+            found = f"whether AppArmor lets guests read {file} cannot be told from its rules: {why}"
+            yield line(Status.UNKNOWN, found)
+    if all(access is Access.OPEN for access, _ in judged.values()):
+        found = f"AppArmor lets guests read all {len(files)} files that descriptors name"
+        yield line(Status.OK, found)
 
 
 def _selinux(facts: Facts, files: list[str]) -> Iterator[Line]:

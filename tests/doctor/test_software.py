@@ -1,6 +1,7 @@
 """Judging descriptors, hook, emulators and confinement, on trees of files and plain facts."""
 
 import os
+import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -20,6 +21,9 @@ from tests.doctor.hosts import write
 from tests.igvm import samples
 from tests.parts import need
 from tests.qemu.test_descriptor import igvm_document
+from tests.testbed.cache import printed
+
+CHECKOUT = Path(__file__).parents[2]
 
 OK, MISSING, WRONG, UNKNOWN = Status.OK, Status.MISSING, Status.WRONG, Status.UNKNOWN
 
@@ -189,6 +193,7 @@ def test_apparmor_and_the_files(root: Path) -> None:
     write(root / "sys/module/apparmor/parameters/enabled", "Y\n")
     folder = root / "etc/apparmor.d/abstractions"
     stock = "  /usr/share/OVMF/** rk,\n  /usr/share/qemu/** rk,\n  /usr/share/misc/sgabios.bin r,\n"
+    stock += "  include if exists <abstractions/libvirt-qemu.d>\n"
     write(folder / "libvirt-qemu", stock)
     line = judged(facts_of(root), Topic.CONFINEMENT)["apparmor"]
     assert line.status is WRONG
@@ -196,11 +201,54 @@ def test_apparmor_and_the_files(root: Path) -> None:
     # the remedy is a command: what it writes is what is looked for
     command = str(line.remedy).replace("/etc/apparmor.d", str(root / "etc/apparmor.d"))
     subprocess.run(["sh", "-c", command], check=True)
-    assert (folder / "libvirt-qemu.d/igvmfw").read_text() == "/usr/share/igvm/** r,\n"
+    # the file without -local is the package's
+    assert (folder / "libvirt-qemu.d/igvmfw-local").read_text() == "/usr/share/igvm/** r,\n"
     assert judged(facts_of(root), Topic.CONFINEMENT)["apparmor"].status is OK
     write(root / "etc/libvirt/qemu.conf", 'security_driver = "none"\n')
     [line] = judged(facts_of(root), Topic.CONFINEMENT).values()
     assert line.name == "security-driver"
+
+
+DOCUMENTED = re.search(
+    r"echo '(.* r,)' >/etc/apparmor.d/(\S+)", (CHECKOUT / "docs/sev-es.md").read_text()
+)
+assert DOCUMENTED is not None
+LOCAL = "local/abstractions/libvirt-qemu"
+IN_GUESTS = "abstractions/libvirt-qemu.d"
+
+
+@pytest.mark.parametrize(
+    ("name", "rule", "file", "status"),
+    [
+        (
+            f"{IN_GUESTS}/igvmfw",
+            (CHECKOUT / "packaging/apparmor/igvmfw").read_text(),
+            "/usr/share/igvm/ok.igvm",
+            OK,
+        ),
+        (DOCUMENTED[2], DOCUMENTED[1], "/usr/share/igvm/ok.igvm", OK),
+        (LOCAL, "/srv/** r,", "/srv/ok.igvm", OK),
+        (f"{IN_GUESTS}/x", "/usr/share/igvm/* r,", "/usr/share/igvm/sub/ok.igvm", WRONG),
+        (f"{IN_GUESTS}/x.dpkg-old", "/srv/** r,", "/srv/ok.igvm", WRONG),
+        (f"{IN_GUESTS}/x", "/srv/** r,\ndeny /srv/o* r,", "/srv/ok.igvm", WRONG),
+        (f"{IN_GUESTS}/x", "/srv/{a r,", "/srv/ok.igvm", UNKNOWN),
+        (f"{IN_GUESTS}/x", "@{images}/*.igvm r,", "/srv/ok.igvm", UNKNOWN),
+    ],
+)
+def test_rules_of_apparmor(tmp_path: Path, name: str, rule: str, file: str, status: Status) -> None:
+    """Beside libvirt's own, as Debian's sid has them."""
+    root = printed("roots.sh", "sid")
+    need(root.is_dir(), "a root with Debian's sid")
+    write(tmp_path / "sys/module/apparmor/parameters/enabled", "Y\n")
+    folder = tmp_path / "etc/apparmor.d"
+    stock = root / "etc/apparmor.d/abstractions/libvirt-qemu"
+    write(folder / "abstractions/libvirt-qemu", stock.read_text())
+    write(folder / name, f"{rule}\n")
+    describe(tmp_path, "10-ok.json", file)
+    line = judged(facts_of(tmp_path), Topic.CONFINEMENT)["apparmor"]
+    assert line.status is status, line.found
+    assert status is OK or file in line.found
+    assert (line.remedy is not None) is (status is WRONG)
 
 
 @pytest.mark.parametrize(("kind", "status"), [("usr_t", OK), ("user_home_t", WRONG)])
