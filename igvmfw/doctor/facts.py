@@ -152,7 +152,7 @@ class Facts:
         libvirt: libvirt.
         account: The user that QEMU runs as; None where it does not exist.
         account_name: The name of that user.
-        settings: What /etc/libvirt/qemu.conf sets, by name.
+        settings: What /etc/libvirt/qemu.conf sets, by name: a string, or those of a list.
         settings_problem: Why that could not be read; None where it could, or is not there.
         emulators: In the order found.
         catalog: The descriptors.
@@ -173,7 +173,7 @@ class Facts:
     libvirt: Libvirt
     account: Account | None
     account_name: str
-    settings: Mapping[str, str]
+    settings: Mapping[str, tuple[str, ...]]
     settings_problem: str | None
     emulators: tuple[Found, ...]
     catalog: Catalog

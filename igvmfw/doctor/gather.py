@@ -41,7 +41,13 @@ _ANSWER = 5.0  # seconds for an emulator
 _MAX_EMULATORS = 16
 _MAX_CONFIGURATION = 1 << 20  # bytes
 _QEMU_CONF = "etc/libvirt/qemu.conf"
-_SETTING = re.compile(r"^\s*(user|group|namespaces|security_driver)\s*=\s*(.+?)\s*$", re.M)
+# as libvirt's src/util/virconf.c reads them: a string, or a list of those over any lines
+_STRING = r"""(?:"[^"\n]*"|'[^'\n]*')"""
+_SETTING = re.compile(
+    r"^[ \t]*(user|namespaces|security_driver)[ \t]*=[ \t]*"
+    rf"({_STRING}|\[[^\[\]=#]*\])[ \t]*(?:[#;].*)?$",
+    re.M,
+)
 _APPARMOR = "etc/apparmor.d"
 _GUESTS = "abstractions/libvirt-qemu"  # there: the rules for all guests
 _USERS = {Manager.APT: "libvirt-qemu"}  # Debian's and Ubuntu's; everywhere else it is qemu
@@ -128,16 +134,20 @@ def _unquoted(text: str) -> str:
     return text
 
 
-def _settings(root: Path) -> tuple[dict[str, str], str | None]:
+def _settings(root: Path) -> tuple[dict[str, tuple[str, ...]], str | None]:
     found = _text(root, _QEMU_CONF)
-    return dict(_SETTING.findall(found.text or "")), found.problem
+    settings: dict[str, tuple[str, ...]] = {}
+    for name, value in _SETTING.findall((found.text or "").replace("\r", "\n")):
+        strings = tuple(string[1:-1] for string in re.findall(_STRING, value))
+        settings.setdefault(name, strings)  # libvirt takes the first
+    return settings, found.problem
 
 
-def _user(uri: str, settings: Mapping[str, str], manager: Manager) -> str:
+def _user(uri: str, settings: Mapping[str, tuple[str, ...]], manager: Manager) -> str:
     """Who runs QEMU: the system's daemon has a user for it, other drivers are the caller's."""
     if not uri.partition("?")[0].endswith("/system"):
         return _user_name(os.geteuid())
-    return _unquoted(settings.get("user", "")).lstrip("+") or _USERS.get(manager, "qemu")
+    return "".join(settings.get("user", ())).lstrip("+") or _USERS.get(manager, "qemu")
 
 
 def _account(name: str, root: Path) -> Account | None:

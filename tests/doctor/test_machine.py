@@ -153,6 +153,8 @@ def test_a_host_that_lacks_something(case: str, tmp_path: Path) -> None:
         (0o600, (0, 0), None, OK),
         (0o600, (0, 0), '[ "mount" ]', OK),
         (0o600, (0, 0), "[]", WRONG),
+        (0o600, (0, 0), '[] # was "mount"', WRONG),
+        (0o600, (0, 0), '[ "unmount" ]', WRONG),
         (0o066, (64055, 0), "[ ]", WRONG),
     ],
 )

@@ -251,6 +251,39 @@ def test_rules_of_apparmor(tmp_path: Path, name: str, rule: str, file: str, stat
     assert (line.remedy is not None) is (status is WRONG)
 
 
+@pytest.mark.parametrize(
+    ("text", "unconfined"),
+    [
+        ('security_driver = "none"', True),
+        ("  security_driver=[ 'none' ]; # really", True),
+        ('security_driver = [\n  "none",\n]  # was "apparmor"', True),
+        ('security_driver = "none"\nsecurity_driver = "apparmor"', True),
+        ('security_driver = "apparmor" # was "none"', False),
+        ('security_driver = [ "apparmor", "none" ]', False),
+        ('#security_driver = "none"', False),
+        ('security_driver = "none', False),
+        ("security_driver = [" * 50_000, False),
+    ],
+    ids=range(9),
+)
+def test_who_confines_guests(root: Path, text: str, unconfined: bool) -> None:
+    """As libvirt reads its configuration."""
+    write(root / "sys/module/apparmor/parameters/enabled", "Y\n")
+    write(root / "etc/libvirt/qemu.conf", f"{text}\n")
+    [line] = judged(facts_of(root), Topic.CONFINEMENT).values()
+    assert (line.found == "qemu.conf leaves guests unconfined") is unconfined
+
+
+@pytest.mark.parametrize(
+    ("text", "user"),
+    [('"root" # x', "root"), ("'+107';", "107"), ('"a b"  ', "a b"), ("", "libvirt-qemu")],
+)
+def test_the_user_of_guests(root: Path, text: str, user: str) -> None:
+    write(root / "etc/os-release", "ID=debian\n")
+    write(root / "etc/libvirt/qemu.conf", f"user = {text}\n")
+    assert facts_of(root).account_name == user
+
+
 @pytest.mark.parametrize(("kind", "status"), [("usr_t", OK), ("user_home_t", WRONG)])
 def test_selinux_and_the_files(root: Path, kind: str, status: Status) -> None:
     found = Confinement(selinux=True, types={"/usr/share/igvm/ok.igvm": kind})
