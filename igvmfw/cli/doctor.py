@@ -13,7 +13,7 @@ from igvmfw.cli.output import (
     fold,
     is_quiet,
     note,
-    printable,
+    one_line,
     styled,
     width,
 )
@@ -111,7 +111,8 @@ def _show(lines: Sequence[Line], asked: Sequence[Platform]) -> None:
     if columns is None:
         for line in lines:
             remedy = f"; remedy: {line.remedy}" if line.remedy else ""
-            emit(f"{line.status:{_STATUS_WIDTH}}  {line.topic} {line.name}: {line.found}{remedy}")
+            text = f"{line.topic} {line.name}: {line.found}{remedy}"
+            emit(f"{line.status:{_STATUS_WIDTH}}  {one_line(text)}")
     else:
         _show_on_terminal(lines, columns)
     verdict = "can" if is_fit(lines, asked) else "cannot"
@@ -120,7 +121,7 @@ def _show(lines: Sequence[Line], asked: Sequence[Platform]) -> None:
     unseen = sum(line.status is Status.UNKNOWN for line in lines)
     hidden = f"; {unseen} could not be seen" if unseen else ""
     text = f"{', '.join(asked)} guests {verdict} be launched from IGVM files here{why}{hidden}"
-    emit(text if columns is None else fold(printable(text), columns))
+    emit(one_line(text) if columns is None else fold(one_line(text), columns))
 
 
 def _show_on_terminal(lines: Sequence[Line], columns: int) -> None:
@@ -130,13 +131,13 @@ def _show_on_terminal(lines: Sequence[Line], columns: int) -> None:
         if line.topic is not topic:
             topic = line.topic
             emit_styled(styled(topic.value, "strong"))
-        text = f"  {line.status:{_STATUS_WIDTH}}  {printable(line.name)}: {printable(line.found)}"
+        text = f"  {line.status:{_STATUS_WIDTH}}  {one_line(f'{line.name}: {line.found}')}"
         folded = fold(text, columns, indent=indent)
         mark = styled(line.status.value, _STYLES[line.status])
         emit_styled(folded.replace(line.status.value, mark, 1))
         if line.remedy:
             # a command has to stay one line to be copied; the terminal wraps it
-            emit_styled(f"{' ' * min(indent, columns // 4)}→ {printable(line.remedy)}")
+            emit_styled(f"{' ' * min(indent, columns // 4)}→ {one_line(line.remedy)}")
 
 
 COMMANDS = {"doctor": Command(_arguments, _doctor)}

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from shlex import quote
 
 from igvmfw.doctor import remedies
 from igvmfw.doctor.facts import Account, Facts
@@ -112,7 +113,7 @@ def _kvm(facts: Facts) -> Line:
     found = f"/dev/kvm ({_mode(node)}), {_who(opens, facts)}"
     # libvirt gives its guests a copy with the same owner and mode
     remedy = "chgrp kvm /dev/kvm && chmod 660 /dev/kvm"
-    remedy += f" && usermod -aG kvm {facts.account_name}"
+    remedy += f" && usermod -aG kvm {quote(facts.account_name)}"
     return _line("kvm", _opened(opens), found, remedy)
 
 
@@ -232,6 +233,6 @@ def _sev_device(facts: Facts) -> Line:
     if "namespaces" not in facts.settings or "mount" in facts.settings["namespaces"]:
         found += ", and libvirt gives each guest one of its own that it can"
         return _line("dev-sev", Status.OK, found, platforms=PROTECTED)
-    remedy = f"setfacl -m u:{facts.account_name}:rw /dev/sev, or 'mount' among the namespaces of "
-    remedy += "/etc/libvirt/qemu.conf"
+    remedy = f"setfacl -m {quote(f'u:{facts.account_name}:rw')} /dev/sev, or 'mount' among the "
+    remedy += "namespaces of /etc/libvirt/qemu.conf"
     return _line("dev-sev", _opened(opens), found, remedy, PROTECTED)

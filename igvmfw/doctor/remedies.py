@@ -3,6 +3,7 @@
 Package names: Debian 12 and 13, Ubuntu 24.04, Fedora 42, openSUSE Tumbleweed.
 """
 
+import re
 import shlex
 from collections.abc import Sequence
 
@@ -149,6 +150,15 @@ def install_hook(names: Sequence[str], environment: str | None, manager: Manager
     if environment is not None:  # which has igvmfw, as the distribution's Python has not
         install += f" && sed -i {shlex.quote(f's|^python=.*|python={environment}|')} /{HOOK}"
     return f"in igvmfw's sources: {install} && {reload_daemon(names, manager)}"
+
+
+def relabel(file: str) -> str:
+    """The command that gives a file a type that SELinux lets guests read."""
+    restore = f"restorecon -v {shlex.quote(file)}"
+    if file.startswith("/usr/"):
+        return restore
+    # fcontext takes a regular expression
+    return f"semanage fcontext -a -t virt_content_t {shlex.quote(re.escape(file))} && {restore}"
 
 
 def allow_reading(directories: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from shlex import quote
 
 from igvmfw.doctor import remedies
 from igvmfw.doctor.apparmor import Access, judge
@@ -98,7 +99,7 @@ def _tolerance(facts: Facts) -> Line:
     )
     first = disturbing[0]
     file = first.descriptor.mapping.filename if first.descriptor is not None else "FILE"
-    remedy = f"igvmfw uninstall {first.path} && igvmfw install {file}"
+    remedy = f"igvmfw uninstall {quote(str(first.path))} && igvmfw install {quote(file)}"
     return Line(topic=topic, name=name, status=Status.WRONG, found=found, remedy=remedy)
 
 
@@ -214,7 +215,9 @@ def firmware_lines(facts: Facts) -> Iterator[Line]:
     for problem in facts.catalog.problems:
         denied = "Permission" in problem.message
         status = Status.UNKNOWN if denied else Status.WRONG
-        yield _firmware(str(problem.where), status, problem.message, f"ls -l {problem.where}")
+        yield _firmware(
+            str(problem.where), status, problem.message, f"ls -l {quote(str(problem.where))}"
+        )
     usable = []
     for row in facts.rows:
         line = _descriptor(row)
@@ -246,15 +249,15 @@ def _descriptor(row: Row) -> Line | None:
     if entry.state is State.BROKEN and entry.error is not None:
         denied = "Permission" in entry.error.message
         status = Status.UNKNOWN if denied else Status.WRONG
-        return _firmware(name, status, entry.error.message, f"igvmfw validate {name}")
+        return _firmware(name, status, entry.error.message, f"igvmfw validate {quote(name)}")
     if entry.state is not State.AVAILABLE or row.state in (None, FileState.PRESENT):
         return None
     file = entry.descriptor.mapping.filename if entry.descriptor is not None else "FILE"
     remedy = {
-        FileState.MISSING: f"igvmfw uninstall {name}",
-        FileState.CHANGED: f"igvmfw install {file}, if the change is meant",
+        FileState.MISSING: f"igvmfw uninstall {quote(name)}",
+        FileState.CHANGED: f"if the change is meant: igvmfw install {quote(file)}",
         FileState.DAMAGED: f"install the package that {file} is from again",
-    }.get(row.state or FileState.DAMAGED, f"chmod a+r {file}")
+    }.get(row.state or FileState.DAMAGED, f"chmod a+r {quote(file)}")
     unreadable = row.state is FileState.UNREADABLE and os.geteuid() != 0
     status = Status.UNKNOWN if unreadable else Status.WRONG
     return _firmware(name, status, str(row.problem), remedy)
@@ -396,9 +399,7 @@ def _selinux(facts: Facts, files: list[str]) -> Iterator[Line]:
             name="selinux",
             status=Status.WRONG,
             found=f"{file} has the type {kind}, which guests may not read",
-            remedy=f"restorecon -v {file}"
-            if file.startswith("/usr/")
-            else f"semanage fcontext -a -t virt_content_t {file} && restorecon -v {file}",
+            remedy=remedies.relabel(file),
         )
     if not closed:
         found = f"SELinux lets guests read the {len(files)} files that descriptors name"

@@ -68,8 +68,11 @@ def test_what_decides_is_what_was_asked_for(
 
 def test_text_is_one_line_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = hosts.host(tmp_path, model="\x1b]0;title\x07", kernel="6.1\x1b[2J")
+    hosts.write(root / "etc/qemu/firmware/51-a\nok       firmware forged.json", "{")
     main(["doctor", "--root", str(root)])
     *lines, last = capsys.readouterr().out.splitlines()
+    assert not [line for line in lines if line.startswith("ok       firmware forged")]
+    assert r"51-a\nok       firmware forged.json" in "".join(lines)
     assert "\x1b" not in "".join(lines)
     assert all(line.split()[0] in ("ok", "missing", "wrong", "unknown") for line in lines)
     assert last.startswith("native guests cannot be launched from IGVM files here (")

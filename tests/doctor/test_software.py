@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from igvmfw.cli import main
 from igvmfw.doctor import remedies
 from igvmfw.doctor.checks import examine
 from igvmfw.doctor.facts import Confinement, Daemon, Facts, Found, Hook, Libvirt, Manager
@@ -82,6 +84,31 @@ def test_descriptors_that_cannot(root: Path) -> None:
         assert remedy in str(line.remedy)
         assert line.fails([Platform.NATIVE])
     assert lines["for-native"].found == "10-ok.json"
+
+
+def test_names_with_blanks_in_remedies(root: Path) -> None:
+    changed = root / "srv/a b.igvm"
+    changed.parent.mkdir()
+    shutil.copy(root / "usr/share/igvm/ok.igvm", changed)
+    assert main(["install", "--root", str(root), str(changed), "--interface", "uefi"]) == 0
+    changed.write_bytes(samples.small(Platform.SEV))
+    gone = describe(root, "20 'x'.json", "/usr/share/igvm/gone.igvm")
+    broken = root / "etc/qemu/firmware/40 broken.json"
+    broken.write_text("{")
+    facts = facts_of(root)
+    words = [shlex.split(str(line.remedy)) for line in judged(facts, Topic.FIRMWARE).values()]
+    assert ["if", "the", "change", "is", "meant:", "igvmfw", "install", "/srv/a b.igvm"] in words
+    assert ["igvmfw", "uninstall", str(gone)] in words
+    assert ["igvmfw", "validate", str(broken)] in words
+    facts = replace(
+        facts,
+        libvirt=replace(facts.libvirt, version=(9, 0, 0)),
+        confinement=Confinement(selinux=True, types={"/srv/a b.igvm": "x_t"}),
+    )
+    line = judged(facts, Topic.LIBVIRT)["igvm-descriptors"]
+    assert len(shlex.split(str(line.remedy))) == 7  # two commands of three words each, and &&
+    line = judged(facts, Topic.CONFINEMENT)["selinux"]
+    assert shlex.split(str(line.remedy))[-1] == "/srv/a b.igvm"
 
 
 @pytest.mark.parametrize(("version", "status"), [((9, 0, 0), WRONG), ((10, 7, 0), OK)])
