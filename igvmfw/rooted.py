@@ -11,6 +11,8 @@ from igvmfw.errors import InputError
 
 HOST = Path("/")
 _MAX_LINKS = 40  # as path_resolution(7): the kernel gives up with ELOOP after 40
+_PATH_MAX = 4096  # bytes with the final NUL (linux/limits.h)
+_SHOWN = 200  # characters of a path, in messages
 
 
 def resolve(root: Path, path: Path | str) -> Path:
@@ -22,31 +24,43 @@ def resolve(root: Path, path: Path | str) -> Path:
     Returns:
         A path under `root`; nothing need exist there.  With the host's own root it is `path`.
     Raises:
-        InputError: More links than the kernel would follow.
+        InputError: More links than the kernel would follow, or a longer path than it takes.
     """
     if root == HOST:
         return HOST / path
+    _check_length(os.fspath(path), path)
     left = list(reversed(_steps(path)))
-    done: list[str] = []
+    base = str(root)
+    done = base
     links = 0
     while left:
         step = left.pop()
         if step == "..":
-            done = done[:-1]  # '..' of the root is the root
+            done = done[: max(len(base), done.rfind("/"))]  # '..' of the root is the root
             continue
-        here = root.joinpath(*done, step)
+        here = f"{done}/{step}"
+        _check_length(here, path)  # links can make it longer than it was
         try:
             target = os.readlink(here)
         except OSError:  # no link, or nothing there
-            done.append(step)
+            done = here
             continue
         links += 1
         if links > _MAX_LINKS:
             raise InputError("too many links", where=str(path), hint="the links form a loop")
         if target.startswith("/"):
-            done = []
+            done = base
         left += reversed(_steps(target))
-    return root.joinpath(*done)
+    return Path(done)
+
+
+def _check_length(text: str, path: Path | str) -> None:
+    if len(os.fsencode(text)) >= _PATH_MAX:
+        raise InputError(
+            f"the path is longer than the {_PATH_MAX - 1} bytes that Linux takes",
+            where=f"{str(path)[:_SHOWN]}…",
+            hint="move the file to a shorter path",
+        )
 
 
 def _steps(path: Path | str) -> list[str]:

@@ -39,6 +39,18 @@ def test_loops_end(tmp_path: Path) -> None:
         resolve(tmp_path, "/a/x")
 
 
+def test_a_path_may_be_as_long_as_for_the_kernel(tmp_path: Path) -> None:
+    room = 4095 - len(f"{tmp_path}/")
+    longest = "a/" * (room // 2 - 1) + "b" * (2 + room % 2)
+    assert len(str(resolve(tmp_path, longest))) == 4095
+    assert not os.path.exists(tmp_path / longest)  # the kernel looks: no ENAMETOOLONG
+    (tmp_path / "x").symlink_to("long")
+    for path in (f"{longest}b", f"x/{longest[4:]}", "é/" * 1400, "./" * 2048):
+        with pytest.raises(InputError, match="longer than the 4095 bytes") as caught:
+            resolve(tmp_path, path)
+        assert len(str(caught.value)) < 400
+
+
 def test_the_name_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert inner(tmp_path, tmp_path / "usr/x") == "/usr/x"
     assert inner(tmp_path, f"{tmp_path}//usr/../y") == "/y"

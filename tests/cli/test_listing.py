@@ -1,6 +1,9 @@
 """list as it is typed, also for one domain."""
 
 import os
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -234,6 +237,26 @@ def test_a_descriptor_whose_file_qemu_cannot_get_hides_no_other(
     code, out, _ = run("rewrite", "--root", root, xml)
     assert code == 0
     assert "/usr/share/igvm/ovmf-sev.igvm" in out
+
+
+def test_a_path_of_a_megabyte_costs_nobody_a_minute(run: Run, root: Path) -> None:
+    """The kernel ends a command that follows it step by step, each from the root on."""
+    run("install", "--root", root, file_in(root))
+    put(
+        root / "etc/qemu/firmware/10-long.json",
+        mapping={"device": "igvm", "filename": "/" + "a/" * 500_000},
+    )
+    command = [sys.executable, "-m", "igvmfw", "list", "--root", str(root)]
+    done = subprocess.run(
+        command,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (20, 20)),
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+    assert state_of(done.stdout, "10-long.json") == "unreadable"
+    assert state_of(done.stdout, "65-ovmf-sev.json") == "present"
+    assert "longer than the 4095 bytes that Linux takes" in done.stderr
 
 
 def test_a_plain_domain_gets_the_first_file_that_is_for_it(
