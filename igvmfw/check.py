@@ -405,7 +405,7 @@ class _Check:
                 )
 
 
-# bound methods kept in the object would make a cycle, and the file would stay mapped
+# bound methods kept in the object would make a cycle, and the file would stay in memory
 _HANDLERS: dict[type, Callable[[_Check, Any], Iterator[Result]]] = {
     PageData: _Check._page,
     VpContext: _Check._context,

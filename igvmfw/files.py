@@ -1,4 +1,4 @@
-"""Files at the edges: mapped reading, and writing that is atomic and durable.
+"""Files at the edges: reading without copies, and writing that is atomic and durable.
 
 Only the edges (cli/, the installer, the hook) call this; everything below works on bytes.
 """
@@ -15,6 +15,7 @@ from igvmfw.errors import InputError, OutputError
 
 STDIN = "-"
 MAX_STDIN = 1 << 30  # bytes of standard input, which has to be held; real IGVM files have some MiB
+MAX_READ = 64 << 20  # bytes of a file that are read; a larger one is mapped
 MAX_TEXT = 16 << 20  # bytes; no descriptor or domain XML comes near it
 
 
@@ -30,13 +31,17 @@ def _input_error(path: str, error: OSError) -> InputError:
 
 @contextlib.contextmanager
 def mapped(path: Path | str) -> Iterator[memoryview]:
-    """Map a file read-only; the view is valid inside the `with` block.
+    """The content of a file, read-only, for use inside the `with` block.
+
+    It is read, as nothing that happens to the file later can harm the process then, and takes no
+    longer than mapping.  What is larger than `MAX_READ` is mapped: if such a file is truncated
+    meanwhile, the kernel ends the process (SIGBUS).
 
     Args:
         path: A regular file. `-` reads standard input to its end instead.
     Raises:
-        InputError: The file is missing, unreadable or not a regular file; standard input has more
-            than `MAX_STDIN` bytes.
+        InputError: The file is missing, unreadable or not a regular file, or becomes shorter while
+            it is read; standard input has more than `MAX_STDIN` bytes.
     """
     if str(path) == STDIN:
         data = sys.stdin.buffer.read(MAX_STDIN + 1)
@@ -47,29 +52,53 @@ def mapped(path: Path | str) -> Iterator[memoryview]:
             )
         yield memoryview(data)
         return
+    with _regular(str(path)) as (fd, size):
+        small = size <= MAX_READ
+        view = memoryview(_read(fd, size, str(path))) if small else _mapping(fd, str(path))
+    yield view
+
+
+@contextlib.contextmanager
+def _regular(path: str) -> Iterator[tuple[int, int]]:
+    """A regular file's descriptor, and its size in bytes."""
     try:
         # O_NONBLOCK: opening a FIFO must not wait for a writer; it is refused below
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        raise _input_error(str(path), error) from None
-    with contextlib.ExitStack() as stack:
-        stack.callback(os.close, fd)
+        raise _input_error(path, error) from None
+    try:
         info = os.fstat(fd)
         if stat.S_ISDIR(info.st_mode):
-            raise _input_error(str(path), IsADirectoryError(None, "Is a directory"))
+            raise _input_error(path, IsADirectoryError(None, "Is a directory"))
         if not stat.S_ISREG(info.st_mode):
             raise InputError(
-                "cannot read: not a regular file", where=str(path), hint="- reads standard input"
+                "cannot read: not a regular file", where=path, hint="- reads standard input"
             )
-        if info.st_size == 0:  # an empty file cannot be mapped
-            yield memoryview(b"")
-            return
-        try:
-            mapping = mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            raise InputError(f"cannot map: {error}", where=str(path)) from None
+        yield fd, info.st_size
+    finally:
+        os.close(fd)
+
+
+def _read(fd: int, size: int, path: str) -> bytes:
+    try:
+        data = os.read(fd, size)  # of a regular file all of it, or what is left
+    except OSError as error:
+        raise _input_error(path, error) from None
+    if len(data) < size:
+        raise InputError(
+            f"changed while it was read: {len(data)} of {size} bytes are left",
+            where=path,
+            hint="try again; whoever writes it should rename a new file over it",
+        )
+    return data
+
+
+def _mapping(fd: int, path: str) -> memoryview:
+    try:
         # not closed explicitly: views of it may outlive the block, and the last one frees it
-        yield memoryview(mapping)
+        return memoryview(mmap.mmap(fd, 0, access=mmap.ACCESS_READ))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot map: {error}", where=path) from None
 
 
 def read_text(path: Path | str, *, limit: int = MAX_TEXT) -> bytes:
@@ -84,8 +113,8 @@ def read_text(path: Path | str, *, limit: int = MAX_TEXT) -> bytes:
     if str(path) == STDIN:
         data = sys.stdin.buffer.read(limit + 1)
     else:
-        with mapped(path) as view:
-            data = bytes(view[: limit + 1])
+        with _regular(str(path)) as (fd, size):
+            data = _read(fd, min(size, limit + 1), str(path))
     if len(data) > limit:
         from igvmfw.kinds import kind_of  # only what goes wrong has to pay for it
 

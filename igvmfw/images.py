@@ -27,15 +27,17 @@ class Inspection(Record):
 def load_image(path: Path | str, *, lenient: bool = False) -> IgvmFile:
     """Read an IGVM file.
 
-    The file stays mapped for as long as the image is used, and is not copied.  Replace such files
-    by renaming a new one over them: one that is truncated meanwhile would end the process.
+    The content is kept, once, for as long as the image is used.  A file of more than 64 MiB is not
+    read but mapped.  Replace such files by renaming a new one over them: one that is truncated
+    meanwhile would end the process.
 
     Args:
         path: A regular file; `-` reads standard input.
         lenient: Go on after a broken rule of the format as far as the file can be read; the
             image's `problems` say what is wrong.
     Raises:
-        InputError: The file is missing, unreadable or not a regular file.
+        InputError: The file is missing, unreadable or not a regular file, or becomes shorter while
+            it is read.
         IgvmError: It breaks a rule of the format (when lenient: it has no fixed header).
     """
     with files.mapped(path) as content:

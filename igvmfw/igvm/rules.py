@@ -321,7 +321,7 @@ class Rules:
             parse_cca(data)
 
 
-# bound methods kept in the object would make a cycle, and the file would stay mapped
+# bound methods kept in the object would make a cycle, and the file would stay in memory
 _CHECKS: dict[type, Callable[[Rules, Any], None]] = {
     SupportedPlatform: Rules._platform,
     CcaPolicy: Rules._cca_policy,

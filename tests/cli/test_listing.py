@@ -239,6 +239,45 @@ def test_a_descriptor_whose_file_qemu_cannot_get_hides_no_other(
     assert "/usr/share/igvm/ovmf-sev.igvm" in out
 
 
+TRUNCATING = """
+import os, sys
+from igvmfw import inventory
+from igvmfw.cli import main
+looks = inventory.identify
+def truncated_first(image):
+    os.truncate(sys.argv[1], 0)
+    return looks(image)
+inventory.identify = truncated_first
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_a_file_truncated_meanwhile_ends_no_list(run: Run, root: Path) -> None:
+    run("install", "--root", root, file_in(root))
+    command = [sys.executable, "-c", TRUNCATING, str(file_in(root)), "list", "--root", str(root)]
+    done = subprocess.run(command, capture_output=True, check=True, text=True)
+    assert file_in(root).stat().st_size == 0
+    assert state_of(done.stdout, "65-ovmf-sev.json") == "present"  # as it was when it was read
+
+
+def test_a_file_truncated_before_it_is_read_is_a_state(
+    run: Run, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("install", "--root", root, file_in(root))
+    file = file_in(root)
+    reads = os.read
+
+    def truncated_first(fd: int, size: int) -> bytes:
+        if os.path.samestat(os.fstat(fd), file.stat()):
+            os.truncate(file, 5000)
+        return reads(fd, size)
+
+    monkeypatch.setattr(os, "read", truncated_first)
+    code, out, err = run("list", "--root", root)
+    assert (code, state_of(out, "65-ovmf-sev.json")) == (0, "unreadable")
+    assert "changed while it was read: 5000 of " in err
+
+
 def test_a_path_of_a_megabyte_costs_nobody_a_minute(run: Run, root: Path) -> None:
     """The kernel ends a command that follows it step by step, each from the root on."""
     run("install", "--root", root, file_in(root))

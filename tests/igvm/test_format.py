@@ -98,6 +98,16 @@ def test_data_behind_the_headers_may_be_anything() -> None:
     assert IgvmFile.parse(bytes(data)).write() == bytes(data)
 
 
+def test_what_is_read_does_not_change(tmp_path: Path) -> None:
+    path = tmp_path / "small.igvm"
+    path.write_bytes(FILES["native"])
+    with mapped(path) as view, path.open("r+b") as file:
+        file.write(b"other")
+        file.flush()
+        assert view == FILES["native"]
+        assert view.readonly
+
+
 def test_a_large_file_costs_its_headers_only(tmp_path: Path) -> None:
     path = tmp_path / "large.igvm"
     head = IgvmFile.parse(FILES["native"])
