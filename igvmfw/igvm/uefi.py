@@ -23,7 +23,7 @@ MAX_UNPACKED = 64 << 20  # bytes that all compressed sections may unpack to; OVM
 MAX_DEPTH = 4  # volumes within volumes; OVMF has 2
 MAX_VOLUMES = 64  # that are named; OVMF has 3
 MAX_SEARCHED = 256 << 20  # bytes, what lies within something else once more; OVMF has 16 MiB
-MAX_PARTS = 1 << 16  # volumes, files and sections that are looked at; OVMF has below 200
+MAX_PARTS = 1 << 16  # volumes, files, sections, variables that are looked at; OVMF has below 300
 
 # EFI_FIRMWARE_VOLUME_HEADER from the file system GUID on, EFI_FFS_FILE_HEADER, EFI_GUID_DEFINED_…
 _VOLUME = Layout("16sQ4sIHHHBB")
@@ -154,7 +154,7 @@ class _Scan:
                 return None
             volume = data[start : start + length]
             if system == _VARIABLE_VOLUME:
-                self.enrolled_keys |= _has_keys(volume, header)
+                self.enrolled_keys |= self._has_keys(volume, header)
             else:
                 first = header
                 if extended:
@@ -202,6 +202,34 @@ class _Scan:
         self.unpacked += len(unpacked)
         return unpacked
 
+    def _has_keys(self, volume: memoryview, header: int) -> bool:
+        """Whether a variable store has a platform key, and Secure Boot is not switched off."""
+        store, size, formatted, health, _, _ = _STORE.read(volume, header)
+        if (store, formatted, health) != (_AUTHENTICATED_STORE, _STORE_FORMATTED, _STORE_HEALTHY):
+            return False
+        end = min(header + size, len(volume))
+        key, enabled = False, True
+        for owner, name, value in self._variables(volume[header + _STORE.size : end]):
+            if (owner, name) == (_GLOBAL_VARIABLE, "PK"):
+                key = len(value) > 0
+            elif (owner, name) == (_SECURE_BOOT_ENABLE, "SecureBootEnable"):
+                enabled = value != b"\0"
+        return key and enabled
+
+    def _variables(self, data: memoryview) -> Iterator[tuple[bytes, str, bytes]]:
+        """The variables in force: owner, name, value."""
+        at = 0
+        while at + _VARIABLE.size <= len(data) and self._go_on():
+            start, state, _, _, _, _, _, name_size, data_size, owner = _VARIABLE.read(data, at)
+            body = at + _VARIABLE.size
+            if start != _VARIABLE_START or body + name_size + data_size > len(data):
+                return
+            if state == _VARIABLE_ADDED:
+                name = bytes(data[body : body + name_size]).decode("utf-16-le", "replace")
+                value = bytes(data[body + name_size : body + name_size + data_size])
+                yield bytes(owner), name.rstrip("\0"), value
+            at = _align(body + name_size + data_size, 4)
+
 
 def _align(offset: int, to: int) -> int:
     return (offset + to - 1) // to * to
@@ -219,33 +247,3 @@ def _sections(data: memoryview) -> Iterator[tuple[int, memoryview]]:
             return
         yield kind, data[at + header : at + length]
         at = _align(at + length, 4)
-
-
-def _has_keys(volume: memoryview, header: int) -> bool:
-    """Whether a variable store has a platform key, and Secure Boot is not switched off."""
-    store, size, formatted, health, _, _ = _STORE.read(volume, header)
-    if (store, formatted, health) != (_AUTHENTICATED_STORE, _STORE_FORMATTED, _STORE_HEALTHY):
-        return False
-    end = min(header + size, len(volume))
-    key, enabled = False, True
-    for owner, name, value in _variables(volume[header + _STORE.size : end]):
-        if (owner, name) == (_GLOBAL_VARIABLE, "PK"):
-            key = len(value) > 0
-        elif (owner, name) == (_SECURE_BOOT_ENABLE, "SecureBootEnable"):
-            enabled = value != b"\0"
-    return key and enabled
-
-
-def _variables(data: memoryview) -> Iterator[tuple[bytes, str, bytes]]:
-    """The variables in force: owner, name, value."""
-    at = 0
-    while at + _VARIABLE.size <= len(data):
-        start, state, _, _, _, _, _, name_size, data_size, owner = _VARIABLE.read(data, at)
-        body = at + _VARIABLE.size
-        if start != _VARIABLE_START or body + name_size + data_size > len(data):
-            return
-        if state == _VARIABLE_ADDED:
-            name = bytes(data[body : body + name_size]).decode("utf-16-le", "replace")
-            value = bytes(data[body + name_size : body + name_size + data_size])
-            yield bytes(owner), name.rstrip("\0"), value
-        at = _align(body + name_size + data_size, 4)

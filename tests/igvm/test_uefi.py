@@ -26,6 +26,9 @@ from igvmfw.platforms import Platform
 from tests.parts import need
 
 DESCRIPTORS = Path("/usr/share/qemu/firmware")
+GLOBAL = uuid.UUID("8be4df61-93ca-11d2-aa0d-00e098032b8c")  # EFI_GLOBAL_VARIABLE
+STORE = uuid.UUID("aaf32c78-947b-439a-a180-2e144ec37792")  # gEfiAuthenticatedVariableGuid
+NVDATA = uuid.UUID("fff12b8d-7696-4c8b-a985-2747075b4f50")  # gEfiSystemNvDataFvGuid
 LZMA_GUID = uuid.UUID("ee4e5898-3914-4259-9d6e-dc7bd79403cf").bytes_le
 FFS2 = uuid.UUID("8c8ce578-8a3d-4f1c-9935-896185c32dd3").bytes_le
 
@@ -142,6 +145,33 @@ def test_what_lies_within_many_volumes_is_not_searched_once_for_each(tmp_path: P
         "assert find_facts(open(sys.argv[1], 'rb').read()) is None"
     )
     subprocess.run([sys.executable, "-c", program, str(path)], check=True)
+
+
+def variables(deleted: int, key: bytes = b"key.") -> bytes:
+    """A variable store whose platform key comes after so many variables that are deleted."""
+    name = "PK\0".encode("utf-16-le")
+    gone = struct.pack("<HB57x", 0x55AA, 0x3C)
+    kept = struct.pack("<HB33xII16s", 0x55AA, 0x3F, len(name), len(key), GLOBAL.bytes_le)
+    content = gone * deleted + kept + name + key
+    store = struct.pack("<16sIBB6x", STORE.bytes_le, 28 + len(content), 0x5A, 0xFE) + content
+    volume = struct.pack("<16x16sQ4s4xH22x", NVDATA.bytes_le, 72 + len(store), b"_FVH", 72)
+    return volume + store
+
+
+@pytest.mark.parametrize(
+    ("stores", "enrolled"),
+    [
+        ([variables(60_000)], True),
+        ([variables(70_000)], False),
+        ([variables(40_000, key=b""), variables(20_000)], True),
+        ([variables(40_000, key=b""), variables(40_000)], False),
+    ],
+)
+def test_the_variables_of_all_stores_are_counted(stores: list[bytes], enrolled: bool) -> None:
+    """No firmware has a thousand; a file of 600 kB can hold 64 MiB of them for each platform."""
+    facts = find_facts(image(SECURE_BOOT_CONFIG) + b"".join(stores))
+    assert facts is not None
+    assert facts.enrolled_keys is enrolled
 
 
 @given(st.data())
