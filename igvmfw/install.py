@@ -14,7 +14,6 @@ an old one the descriptors go into igvmfw's own directories, which only igvmfw r
 
 import contextlib
 import fcntl
-import glob
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -34,7 +33,7 @@ VENDOR_PRIORITY = 70
 LOCK = ".igvmfw.lock"
 
 # libvirt's library carries the release in its file name: 9.0.0 is libvirt.so.0.9000.0
-_LIBRARIES = ("usr/lib*", "usr/lib/*-linux-gnu*", "usr/local/lib*", "lib*", "lib/*-linux-gnu*")
+_LIBRARY_PARENTS = ("usr", "usr/local", "")  # of lib, lib64, …
 _LIBRARY_NAME = re.compile(r"libvirt\.so\.0\.(\d{1,3}?)(\d{3})\.(\d{1,3})")
 
 
@@ -103,12 +102,30 @@ class Place(Record):
 def find_libvirt(root: Path) -> tuple[int, int, int] | None:
     """The newest libvirt installed in a root, by its library's name; None where there is none."""
     versions = []
-    for pattern in _LIBRARIES:
-        for path in glob.iglob(f"{pattern}/libvirt.so.0.*", root_dir=root):
-            if found := _LIBRARY_NAME.fullmatch(os.path.basename(path)):
-                major, minor, micro = (int(part) for part in found.groups())
-                versions.append((major, minor, micro))
+    for name in _libraries(root):
+        if found := _LIBRARY_NAME.fullmatch(name):
+            major, minor, micro = (int(part) for part in found.groups())
+            versions.append((major, minor, micro))
     return max(versions, default=None)
+
+
+def _libraries(root: Path) -> Iterator[str]:
+    """The names in the directories of a root that have libraries, Debian's among them."""
+    for parent in _LIBRARY_PARENTS:
+        for directory in _names(root, parent):
+            if directory.startswith("lib"):
+                for name in _names(root, f"{parent}/{directory}"):
+                    if "-linux-gnu" in name:
+                        yield from _names(root, f"{parent}/{directory}/{name}")
+                    yield name
+
+
+def _names(root: Path, directory: str) -> list[str]:
+    """What is in a directory, by its path inside a root; nothing where there is none."""
+    try:
+        return os.listdir(rooted.resolve(root, directory))
+    except (OSError, InputError):  # no directory, or links that form a loop
+        return []
 
 
 def choose_place(level: Level, *, root: Path = rooted.HOST, into: Into = Into.AUTO) -> Place:

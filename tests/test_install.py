@@ -151,6 +151,23 @@ def test_beside_an_old_libvirt_descriptors_go_where_only_igvmfw_looks(
         assert stated.note is None
 
 
+def test_the_libvirt_of_a_root_is_not_looked_for_outside(tmp_path: Path) -> None:
+    outside, root = tmp_path / "outside", tmp_path / "root"
+    for debians in (outside / "lib/x86_64-linux-gnu", root / "usr/lib/x86_64-linux-gnu"):
+        debians.mkdir(parents=True)
+    (outside / "lib/libvirt.so.0.9000.0").touch()
+    (outside / "lib/x86_64-linux-gnu/libvirt.so.0.9001.0").touch()
+    (root / "lib").symlink_to(outside / "lib")
+    (root / "usr/lib/i386-linux-gnu").symlink_to(outside / "lib/x86_64-linux-gnu")
+    (root / "usr/lib64").symlink_to("lib64")  # a loop
+    assert find_libvirt(root) is None
+    # the root's own is found behind the same links
+    own = Path(f"{root}{outside}/lib/x86_64-linux-gnu/libvirt.so.0.9002.0")
+    own.parent.mkdir(parents=True)
+    own.touch()
+    assert find_libvirt(root) == (9, 2, 0)
+
+
 def test_find_libvirt_agrees_with_libvirt() -> None:
     libvirt = need_libvirt()
     number = libvirt.getVersion()
