@@ -81,7 +81,10 @@ def _regular(path: str) -> Iterator[tuple[int, int]]:
 
 def _read(fd: int, size: int, path: str) -> bytes:
     try:
-        data = os.read(fd, size)  # of a regular file all of it, or what is left
+        data = os.read(fd, size)
+        # some network file systems give less at a time
+        while len(data) < size and (more := os.read(fd, size - len(data))):
+            data += more
     except OSError as error:
         raise _input_error(path, error) from None
     if len(data) < size:
