@@ -12,7 +12,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from igvmfw.errors import FirmwareError
+from igvmfw.errors import FirmwareError, IgvmError
 from igvmfw.igvm.headers import Extent, PageData
 from igvmfw.igvm.image import IgvmFile
 from igvmfw.igvm.ovmf import OvmfTables, find_tables
@@ -27,6 +27,7 @@ ZERO_PAGE = bytes(PAGE_SIZE)
 
 TABLES = 64 << 10  # bytes at the firmware's end in which OVMF's tables usually lie
 STRIDE = 32 * PAGE_SIZE  # bytes searched at once, at most; what a processor's cache holds
+MAX_UNFOLDED = 8  # times the file's size that is searched; few pages of real files share their data
 MAX_MARKS = 4  # pages named for an SVSM; its kernel is one
 
 _SVSM = b"! COCONUT-SVSM Version: "
@@ -78,7 +79,8 @@ def identify(image: IgvmFile, platform: Platform | None = None) -> Payload:
         image: The file.
         platform: Whose memory to look at; the file's first platform where None.
     Raises:
-        IgvmError: The file does not have the platform, or its data cannot be read.
+        IgvmError: The file does not have the platform, its data cannot be read, or it unfolds to
+            more memory than igvmfw looks at.
     """
     if platform is None:
         if not image.supported:
@@ -156,7 +158,11 @@ def _windows(image: IgvmFile, pages: dict[int, PageData]) -> Iterator[tuple[int,
     A program's texts lie behind its code: what is looked for is found soon.  Pages that follow
     each other in memory and in the file go together.  Equal windows are given once: a small file
     can name one page a million times.
+
+    Raises:
+        IgvmError: They are many times as large as the file, whose pages overlap in its data.
     """
+    left = MAX_UNFOLDED * len(image.content)
     spans: dict[tuple[int, int, int], int] = {}  # tail's end, place and size → address
     before = expected = 0  # where the preceding extent ends: in the file, if it has data; in memory
     for gpa, offset, size in _extents(pages):
@@ -165,6 +171,13 @@ def _windows(image: IgvmFile, pages: dict[int, PageData]) -> Iterator[tuple[int,
         if offset:
             spans.setdefault((start, offset, size), gpa)
     for (start, offset, size), gpa in reversed(spans.items()):
+        left -= size
+        if left < 0:
+            raise IgvmError(
+                f"the file unfolds to more memory than igvmfw looks at, {MAX_UNFOLDED} times its "
+                "size: its pages overlap in the file's data",
+                hint="do not use this file: it is damaged, or made to keep its readers busy",
+            )
         tail = image.content[start - OVERLAP : start] if start else b""
         yield gpa, b"".join((tail, image.content[offset : offset + size]))
 

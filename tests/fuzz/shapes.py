@@ -78,6 +78,12 @@ def pages_at_odd_places(size: int) -> bytes:
     return _file(size, lambda n, offset: [PageData(n * 4096, ALL, offset + n % 4096)], data=data)
 
 
+def pages_at_every_place(size: int) -> bytes:
+    """Each page's data begins one byte behind the preceding one's: no two windows are alike."""
+    data = b"! COCONUT-SVSM Version: " + b"-devel-" * (size // 224 + 1200)
+    return _file(size, lambda n, offset: [PageData(n * 4096, ALL, offset + n)], data=data)
+
+
 def large_pages(size: int) -> bytes:
     flags = PageDataFlags.IS_2MB_PAGE
     return _file(size, lambda n, offset: [PageData(n << 21, ALL, offset, flags)])
@@ -162,7 +168,8 @@ def parameters(size: int) -> bytes:
 
 
 SHAPES = (
-    pages_apart, pages_of_one_place, pages_at_odd_places, large_pages, firmware_pages, areas,
-    error_ranges, relocations, page_tables_of_no_platform, register_lists, native_contexts, vmsas,
-    platforms, optional_headers, headers_without_content, version_strings, parameters,
+    pages_apart, pages_of_one_place, pages_at_odd_places, pages_at_every_place, large_pages,
+    firmware_pages, areas, error_ranges, relocations, page_tables_of_no_platform, register_lists,
+    native_contexts, vmsas, platforms, optional_headers, headers_without_content, version_strings,
+    parameters,
 )  # fmt: skip

@@ -1,10 +1,14 @@
 """What a file carries is read from one platform's memory, never from the file's text."""
 
+import pytest
+
+from igvmfw.errors import IgvmError
 from igvmfw.igvm.builder import ImageBuilder
 from igvmfw.igvm.image import IgvmFile
 from igvmfw.igvm.payload import identify
 from igvmfw.igvm.wrap import wrap
 from igvmfw.platforms import Platform
+from tests.fuzz.shapes import pages_at_every_place
 from tests.igvm import samples
 
 SVSM = b"! COCONUT-SVSM Version: "
@@ -50,6 +54,13 @@ def test_services_count_only_beside_the_svsm() -> None:
     builder.add_page(0x1000, 1, VTPM + b" " + VERSION)
     payload = identify(IgvmFile.parse(builder.build()))
     assert (payload.svsm, payload.svsm_version, payload.vtpm) == (None, None, False)
+
+
+def test_a_file_that_unfolds_to_much_more_than_itself_is_refused() -> None:
+    """32 bytes name 4 KiB that differ from all others: 7 MB would be searched for half a minute."""
+    image = IgvmFile.parse(pages_at_every_place(64 << 10))
+    with pytest.raises(IgvmError, match="unfolds to more memory than igvmfw looks at"):
+        identify(image)
 
 
 def test_ovmf_is_known_by_its_table(ovmf_bytes: bytes) -> None:
