@@ -27,6 +27,9 @@ from igvmfw.records import Record
 
 _EFER_LMA = 1 << 10
 _CR0_PE = 1 << 0
+_MAX_U32, _MAX_U64 = (1 << 32) - 1, (1 << 64) - 1
+_WITH_VMSA = (PlatformType.SEV_ES, PlatformType.SEV_SNP)
+_NO_REGISTERS = bytes(PAGE_SIZE)
 RESET_ENTRY = "architectural reset"
 MAX_RUNS = 8  # runs of processors that are listed
 
@@ -198,7 +201,7 @@ def context_registers(image: IgvmFile, header: VpContext) -> dict[str, object]:
         IgvmError: The context's data cannot be read.
     """
     kind = image.type_of(header.compatibility_mask)
-    if kind in (PlatformType.SEV_ES, PlatformType.SEV_SNP):
+    if kind in _WITH_VMSA:
         registers = Vmsa.parse(image.data_of(header)).registers()
         return {
             name: value._asdict() if isinstance(value, tuple) else value
@@ -214,22 +217,20 @@ def context_registers(image: IgvmFile, header: VpContext) -> dict[str, object]:
     return {}
 
 
+class _Start(NamedTuple):
+    """The first instruction of a processor, and its mode; the address in bytes."""
+
+    address: int
+    text: str
+
+
 def entry_point(image: IgvmFile, header: VpContext) -> str:
     """Where a VP context lets its processor start, and in which mode."""
     try:
-        registers = context_registers(image, header)
+        start = _start(image, header)
     except IgvmError as error:  # of a file that was read leniently
         return f"unreadable: {error.message}"
-    if not registers:
-        return RESET_ENTRY
-    if "pc" in registers or "Pc" in registers:
-        return f"PC 0x{_number(registers, 'pc', 'Pc'):x}"
-    rip = _number(registers, "rip", "Rip")
-    if _number(registers, "efer", "Efer") & _EFER_LMA:
-        return f"64-bit mode, RIP 0x{rip:x}"
-    if _number(registers, "cr0", "Cr0") & _CR0_PE:
-        return f"32-bit protected mode, EIP 0x{rip:x}"
-    return f"real mode, CS base 0x{_code_base(registers):x}, IP 0x{rip:x}"
+    return RESET_ENTRY if start is None else start.text
 
 
 def find_entry_address(image: IgvmFile, header: VpContext) -> int | None:
@@ -238,16 +239,46 @@ def find_entry_address(image: IgvmFile, header: VpContext) -> int | None:
     It is the guest physical address as long as the context's page tables map it to itself.
     """
     try:
-        registers = context_registers(image, header)
+        start = _start(image, header)
     except IgvmError:
         return None
+    return None if start is None else start.address
+
+
+def _start(image: IgvmFile, header: VpContext) -> _Start | None:
+    """Where a VP context lets its processor start; None: it sets no register.
+
+    Raises:
+        IgvmError: The context's data cannot be read.
+    """
+    registers = _start_registers(image, header)
     if not registers:
         return None
     if "pc" in registers or "Pc" in registers:
-        return _number(registers, "pc", "Pc")
-    rip = _number(registers, "rip", "Rip")
-    protected = _number(registers, "cr0", "Cr0") & _CR0_PE
-    return rip if protected else _code_base(registers) + rip
+        pc = _number(registers, "pc", "Pc")
+        return _Start(pc, f"PC 0x{pc:x}")
+    rip, base = _number(registers, "rip", "Rip"), _code_base(registers)
+    if _number(registers, "efer", "Efer") & _EFER_LMA:
+        return _Start(rip, f"64-bit mode, RIP 0x{rip:x}")  # which has no use for the base
+    address = (base + rip) & _MAX_U32
+    if _number(registers, "cr0", "Cr0") & _CR0_PE:
+        of_base = f"CS base 0x{base:x}, " if base else ""
+        return _Start(address, f"32-bit protected mode, {of_base}EIP 0x{rip:x}")
+    return _Start(address, f"real mode, CS base 0x{base:x}, IP 0x{rip:x}")
+
+
+def _start_registers(image: IgvmFile, header: VpContext) -> dict[str, object]:
+    """The registers that say where a processor starts, and maybe others; empty where none is set.
+
+    A file may have 65536 contexts: of a VMSA's hundred registers only these are read.
+    """
+    if image.type_of(header.compatibility_mask) not in _WITH_VMSA:
+        return context_registers(image, header)
+    vmsa = Vmsa.parse(image.data_of(header))
+    if vmsa.content == _NO_REGISTERS:
+        return {}
+    registers: dict[str, object] = {name: vmsa.register(name) for name in ("rip", "efer", "cr0")}
+    return {**registers, "cs": vmsa.segment("cs")._asdict()}
 
 
 def _number(registers: dict[str, object], *names: str) -> int:
@@ -257,7 +288,10 @@ def _number(registers: dict[str, object], *names: str) -> int:
 
 def _code_base(registers: dict[str, object]) -> int:
     segment = registers.get("cs")
-    return segment["base"] if isinstance(segment, dict) else _number(registers, "code_base")
+    if isinstance(segment, dict):
+        return int(segment["base"])
+    # of a VSM context the segment's 16 bytes, which begin with the base
+    return _number(registers, "code_base", "Cs") & _MAX_U64
 
 
 def data_size(image: IgvmFile, header: AnyHeader) -> int:
