@@ -85,7 +85,7 @@ class Summary(Record):
         zero: Of `measured`, the pages without data.
         unmeasured: What is loaded, and is not in the digest.
         special: Pages that the processor fills, such as secrets and CPUID.
-        parameters: What the launcher fills in.
+        parameters: What the launcher fills in, in areas that are inserted on the platform.
         required_memory: Where the memory that the file requires ends; 0: it requires none.
         contexts: The virtual processors that the file sets.
         id_block: Whether it has an ID block.
@@ -116,18 +116,20 @@ def _summary(image: IgvmFile, platform: Platform, kinds: "_PageCounts") -> Summa
     policy: int | None = None
     contexts: dict[int, VpContext] = {}
     parameters: list[str] = []
-    areas: dict[int, int] = {}
+    sizes_of_areas: dict[int, int] = {}
+    inside: dict[int, list[str]] = {}  # by area: its parameters, which carry no mask
     id_block = False
     for header in image.others:
         if not mask & mask_in(header):
             continue
         match header:
             case ParameterArea():
-                areas[header.parameter_area_index] = header.number_of_bytes
-            case ParameterInsert():
-                sizes["unmeasured"] += areas.get(header.parameter_area_index, 0)
+                sizes_of_areas[header.parameter_area_index] = header.number_of_bytes
             case Parameter():
-                parameters.append(type_name(header.type))
+                inside.setdefault(header.parameter_area_index, []).append(type_name(header.type))
+            case ParameterInsert():
+                sizes["unmeasured"] += sizes_of_areas.get(header.parameter_area_index, 0)
+                parameters += inside.pop(header.parameter_area_index, ())
             case GuestPolicy():
                 policy = header.policy
             case RequiredMemory():

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from igvmfw.igvm.builder import ImageBuilder
-from igvmfw.igvm.headers import VpContext
+from igvmfw.igvm.headers import MemoryMap, ParameterInsert, VpContext, VpCount
 from igvmfw.igvm.image import IgvmFile
 from igvmfw.igvm.reader import U32, Layout
 from igvmfw.igvm.spec import SEV_VMSA_GPA
@@ -61,6 +61,20 @@ def test_a_processor_starts_behind_its_code_segments_base(
     assert [start.entry for start in summarize(image)[0].contexts] == [text]
     (header,) = (header for header in image.headers if isinstance(header, VpContext))
     assert find_entry_address(image, header) == address
+
+
+def test_parameters_are_those_that_a_platform_gets() -> None:
+    builder = ImageBuilder()
+    builder.add(samples.platform(Platform.NATIVE, 1))
+    builder.add(samples.platform(Platform.VSM, 2))
+    builder.add_page(0x1000, 3, samples.PAGE)
+    for area, mask, parameter in ((0, 1, MemoryMap(0, 0)), (1, 2, VpCount(1, 0))):
+        builder.add_parameter_area(area, 4096)
+        builder.add(parameter)
+        builder.add(ParameterInsert(0x10_0000 + area * 4096, mask, area))
+    of_native, of_vsm = summarize(IgvmFile.parse(builder.build()))
+    assert (of_native.parameters, of_native.unmeasured) == (("MEMORY_MAP",), 4096)
+    assert (of_vsm.parameters, of_vsm.unmeasured) == (("VP_COUNT_PARAMETER",), 4096)
 
 
 def test_many_vmsas_cost_little_more_than_reading_the_file() -> None:
