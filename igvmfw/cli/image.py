@@ -21,7 +21,7 @@ from igvmfw.cli.output import (
 )
 from igvmfw.cli.progress import progress
 from igvmfw.cli.workers import each
-from igvmfw.errors import IgvmfwError, OutputError, UsageError
+from igvmfw.errors import IgvmfwError, InputError, OutputError, UsageError
 from igvmfw.files import STDIN, mapped, write_output
 from igvmfw.igvm.image import IgvmFile
 from igvmfw.platforms import Platform
@@ -135,6 +135,20 @@ def _check_map(args: argparse.Namespace) -> None:
         )
     elif len(args.files) > 1:
         raise UsageError("--map draws one file into one picture", hint="name one FILE, or --map -")
+    else:
+        _keep_inputs(f"--map {args.map}: the picture", args.map, *args.files)
+        _keep_image(args.map)
+
+
+def _keep_image(name: str) -> None:
+    """See that a picture replaces no IGVM file, whatever its name ends in."""
+    from igvmfw.kinds import IGVM, kind_of
+
+    with contextlib.suppress(InputError), mapped(name) as there:  # mostly there is nothing
+        if kind_of(there) is IGVM:
+            raise UsageError(
+                f"--map {name}: the picture would replace an IGVM file", hint="give it another name"
+            )
 
 
 def _map(args: argparse.Namespace, image: IgvmFile, name: str, payload: "Payload") -> None:
@@ -287,7 +301,7 @@ def _wrap(args: argparse.Namespace) -> int:
     policies = dict(_policy(text, platforms) for text in args.policy)
     if args.firmware == STDIN and args.vars == STDIN:
         raise UsageError("firmware and variable store cannot both be standard input")
-    _keep_inputs(args)
+    _keep_inputs(f"-o {args.output}: the IGVM file", args.output, args.firmware, args.vars)
     with progress("wrapping", args.firmware), mapped(args.firmware) as firmware:
         variables = b""
         if args.vars:
@@ -307,15 +321,15 @@ def _wrap(args: argparse.Namespace) -> int:
     return 0
 
 
-def _keep_inputs(args: argparse.Namespace) -> None:
+def _keep_inputs(result: str, output: str, *inputs: str | None) -> None:
     """See that the result replaces nothing that it is made of."""
-    for name in (args.firmware, args.vars):
-        if name is None or STDIN in (name, args.output):
+    for name in inputs:
+        if name is None or STDIN in (name, output):
             continue
         with contextlib.suppress(OSError):  # what is missing is reported where it is used
-            if os.path.samefile(name, args.output):
+            if os.path.samefile(name, output):
                 raise UsageError(
-                    f"-o {args.output}: the IGVM file would replace {name}, which it is made of",
+                    f"{result} would replace {name}, which it is made of",
                     hint="give it another name",
                 )
 

@@ -300,6 +300,29 @@ def test_standard_input_without_an_end_is_refused(
     one_line(err, "standard input", "goes on after 1 MiB")
 
 
+def test_a_picture_never_replaces_an_igvm_file(run: Run, file: Path, tmp_path: Path) -> None:
+    content = file.read_bytes()
+    named = tmp_path / "named.svg"
+    named.write_bytes(content)
+    link, other = tmp_path / "link.svg", tmp_path / "other.svg"
+    link.symlink_to(file)
+    other.symlink_to(tmp_path / "other.igvm")
+    (tmp_path / "other.igvm").write_bytes(content)
+    for target, source, said in (
+        (named, named, "which it is made of"),
+        (link, file, "which it is made of"),
+        (other, file, "would replace an IGVM file"),
+    ):
+        code, out, err = run("inspect", "--map", target, source)
+        assert (code, out) == (2, "")
+        one_line(err, target, said, "another name")
+        assert target.read_bytes() == content
+    picture = tmp_path / "picture.svg"
+    for _ in range(2):  # the second replaces the first
+        assert run("inspect", "--map", picture, file)[0] == 0
+    assert b"<svg" in picture.read_bytes()[:200]
+
+
 @pytest.mark.parametrize("which", ["firmware", "variables"])
 def test_wrap_never_replaces_what_it_is_made_of(
     run: Run, ovmf: Path, which: str, tmp_path: Path
