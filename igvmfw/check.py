@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from igvmfw.check_context import check_context, has_tail
-from igvmfw.check_memory import MemoryCheck
+from igvmfw.check_memory import MemoryCheck, find_crossing
 from igvmfw.findings import (
     Finding,
     Guest,
@@ -124,6 +124,7 @@ class _Check:
             size = region.end - region.start
             for result in self._memory.placed(region.start, size, "a region of pages"):
                 yield region.first, result
+        yield from find_crossing(self._image, self._mask, self._guest.memory)
         if self._platform is not Platform.SEV_SNP:
             return
         for discard in find_discards(self._image, self._mask):

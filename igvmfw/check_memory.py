@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 from igvmfw.findings import Guest, Result, error, warning
 from igvmfw.igvm.headers import PageData, RequiredMemory
+from igvmfw.igvm.image import IgvmFile
+from igvmfw.igvm.loading import LoadedRegion, prepared_regions
 from igvmfw.igvm.spec import LARGE_PAGE_SIZE, PAGE_SIZE
 from igvmfw.platforms import Platform
 
@@ -25,6 +27,63 @@ _VGA = (0xA_0000, 0xC_0000)  # the window of a VGA adapter's memory
 _ROM_BORDERS = (0xC_0000, 0xE_0000)  # where pc's memory changes from RAM to ROM, and to another
 # q35 has all RAM below 4 GiB where it is less than this, else as much as the other (pc_q35.c)
 _SPLIT_FROM, _SPLIT_LOW = 0xB000_0000, 0x8000_0000
+_PERHAPS_RAM = ((0, 0xE000_0000), (_FOUR_GIB, _MAX_ADDRESS))  # of any guest, on q35 or pc
+_NAMES: dict[type, str] = {PageData: "a region of pages", RequiredMemory: "required memory"}
+
+
+def find_crossing(image: IgvmFile, mask: int, memory: int | None) -> Iterator[tuple[int, Result]]:
+    """What is partly in memory that QEMU made for something before it; the first, where it stops.
+
+    Where the guest has no memory QEMU makes some, and what comes later must lie in it as a whole,
+    or apart from it.
+
+    Args:
+        image: The file.
+        mask: The compatibility mask of the platform that the guest takes.
+        memory: The guest's, in bytes; None where it is not known.
+    Yields:
+        The index of the header, and what is the matter.
+    """
+    there = [*(device[:2] for device in _DEVICES), *(_ram(memory) or _PERHAPS_RAM)]
+    regions = [
+        region
+        for region in prepared_regions(image, mask)
+        if region.start < region.end
+        and not any(region.start < end and start < region.end for start, end in there)
+    ]
+    borders = sorted({border for region in regions for border in (region.start, region.end)})
+    places = {border: place for place, border in enumerate(borders)}
+    # for each piece between two borders whose memory it is: a piece is made once, and what begins
+    # in one that is made looks at no other, so that no file keeps this busy
+    made: list[LoadedRegion | None] = [None] * len(borders)
+    for region in regions:
+        begin, end = places[region.start], places[region.end]
+        before = made[begin] or next((made[n] for n in range(begin, end) if made[n]), None)
+        if before is None:
+            made[begin:end] = [region] * (end - begin)
+        elif region.start < before.start or before.end < region.end:
+            yield region.first, _crossing(image, region, before)
+            return
+
+
+def _crossing(image: IgvmFile, region: LoadedRegion, before: LoadedRegion) -> Result:
+    what = _NAMES.get(type(image.headers[region.first]), "the parameter area")
+    return error(
+        "memory-border",
+        f"{what} from 0x{region.start:x} to 0x{region.end:x} is partly in memory that QEMU made "
+        f"for what comes before it (0x{before.start:x} to 0x{before.end:x}): 'region size "
+        "exceeded'",
+        "rebuild the image so that the larger comes first, or both lie in the guest's memory",
+    )
+
+
+def _ram(memory: int | None) -> tuple[tuple[int, int], ...]:
+    """The guest's memory on q35, where it is known: begin and end of each range, in bytes."""
+    if memory is None:
+        return ()
+    if memory < _SPLIT_FROM:
+        return ((0, memory),)
+    return (0, _SPLIT_LOW), (_FOUR_GIB, _FOUR_GIB + memory - _SPLIT_LOW)
 
 
 class MemoryCheck:
@@ -77,13 +136,29 @@ class MemoryCheck:
             )
             return
         yield from self.placed(required.gpa, size, "required memory")
-        end = required.gpa + size
-        if self._memory is not None and end > self._memory:
+        needed = self._needed(required.gpa, required.gpa + size)
+        if needed is not None:
             yield warning(
                 "memory-required",
-                f"the file needs memory up to 0x{end:x}, the guest has {self._memory >> 20} MiB",
-                f"give the guest at least {-(-end >> 20)} MiB",
+                f"the file needs memory up to 0x{required.gpa + size:x}, which the guest does not "
+                "have there",
+                f"give the guest at least {-(-needed >> 20)} MiB",
             )
+
+    def _needed(self, start: int, end: int) -> int | None:
+        """How much memory a guest needs that has a range in it; None: it has, or no other would.
+
+        Between q35's two parts no guest has memory: QEMU makes what the file requires there.
+        """
+        if self._memory is None:
+            return None
+        if start >= _FOUR_GIB:
+            needed = max(_SPLIT_FROM, end - _FOUR_GIB + _SPLIT_LOW)
+        elif end < _SPLIT_FROM and self._memory < _SPLIT_FROM:
+            needed = end
+        else:
+            return None
+        return needed if self._memory < needed else None
 
     def placed(self, gpa: int, size: int, what: str) -> Iterator[Result]:
         """Whether memory can be prepared: all of it within one range of RAM, or where nothing is.
@@ -108,7 +183,7 @@ class MemoryCheck:
                 f"{what} at 0x{gpa:x} is beyond any guest's address space",
                 "rebuild the image",
             )
-        for start, behind in self._ram():
+        for start, behind in _ram(self._memory):
             if gpa < behind and start < end and not (start <= gpa and end <= behind):
                 yield error(
                     "memory-border",
@@ -136,14 +211,6 @@ class MemoryCheck:
                 "which QEMU refuses: 'region size exceeded'",
                 "use the machine q35, or rebuild the image",
             )
-
-    def _ram(self) -> tuple[tuple[int, int], ...]:
-        """The guest's memory on q35, where it is known: begin and end of each range, in bytes."""
-        if self._memory is None:
-            return ()
-        if self._memory < _SPLIT_FROM:
-            return ((0, self._memory),)
-        return (0, _SPLIT_LOW), (_FOUR_GIB, _FOUR_GIB + self._memory - _SPLIT_LOW)
 
     def _take(self, gpa: int, *, large: bool) -> bool:
         """Note a page; whether there is one already."""

@@ -11,6 +11,7 @@ qigvm_directive_required_memory) and accel/kvm/kvm-all.c (kvm_convert_memory); s
 
 import heapq
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import NamedTuple
 
 from igvmfw.igvm.headers import PageData, ParameterArea, ParameterInsert, RequiredMemory
@@ -58,6 +59,16 @@ def loaded_regions(image: IgvmFile, mask: int) -> Iterator[LoadedRegion]:
         before, last = header, number
     if before is not None:
         yield LoadedRegion(start, before.gpa + before.guest_size, first, len(image.headers))
+
+
+def prepared_regions(image: IgvmFile, mask: int) -> list[LoadedRegion]:
+    """All that QEMU looks for memory for, in its order: what it loads, and required memory."""
+    required = (
+        LoadedRegion(header.gpa, header.gpa + header.number_of_bytes, index, index)
+        for index, header in enumerate(image.headers)
+        if isinstance(header, RequiredMemory) and header.compatibility_mask & mask
+    )
+    return sorted((*_loads(image, mask), *required), key=attrgetter("loaded"))
 
 
 def find_discards(image: IgvmFile, mask: int) -> tuple[Discard, ...]:

@@ -14,6 +14,7 @@ from igvmfw.igvm.headers import (
     ParameterInsert,
     RawHeader,
     RelocatableRegion,
+    RequiredMemory,
     SupportedPlatform,
     VersionString,
     VpContext,
@@ -96,6 +97,14 @@ def firmware_pages(size: int) -> bytes:
     return _file(size, page, data=b"_FVH" * 1024)
 
 
+def required_where_no_guest_has_memory(size: int) -> bytes:
+    def required(n: int, offset: int) -> list[AnyHeader]:
+        gpa = 0xF000_0000 - n * 8192
+        return [RequiredMemory(gpa, ALL, 8192), RequiredMemory(gpa + 4096, ALL, 4096)]
+
+    return _file(size, required)
+
+
 def areas(size: int) -> bytes:
     def area(n: int, offset: int) -> list[AnyHeader]:
         return [ParameterArea(0xFFFF_F000, n), ParameterInsert(n << 32, ALL, n)]
@@ -169,7 +178,7 @@ def parameters(size: int) -> bytes:
 
 SHAPES = (
     pages_apart, pages_of_one_place, pages_at_odd_places, pages_at_every_place, large_pages,
-    firmware_pages, areas, error_ranges, relocations, page_tables_of_no_platform, register_lists,
-    native_contexts, vmsas, platforms, optional_headers, headers_without_content, version_strings,
-    parameters,
+    firmware_pages, required_where_no_guest_has_memory, areas, error_ranges, relocations,
+    page_tables_of_no_platform, register_lists, native_contexts, vmsas, platforms, optional_headers,
+    headers_without_content, version_strings, parameters,
 )  # fmt: skip

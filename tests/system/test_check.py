@@ -142,6 +142,29 @@ LATE = both(pages(0x10_0000, 0x5000), adding(REQUIRED))
 EARLY = both(adding(REQUIRED), pages(0x10_0000, 0x5000))
 PENDING = both(pages(0x5000, 0x10_0000), adding(REQUIRED))  # loaded when the next region begins
 
+# where the guest has no memory, and QEMU makes some for what comes first
+FAR = 0xF000_0000
+CROSSING = [
+    both(pages(FAR + 0x1000, 0x1000), adding(RequiredMemory(FAR, 1, 0x10_0000))),
+    both(pages(FAR, 0x1000), adding(RequiredMemory(FAR, 1, 0x2000))),
+    adding(RequiredMemory(FAR, 1, 4096), ParameterArea(8192, 1), ParameterInsert(FAR - 4096, 1, 1)),
+    adding(RequiredMemory(FAR, 1, 0x2000), RequiredMemory(FAR + 0x1000, 1, 0x3000)),
+    adding(RequiredMemory(FAR, 1, 4096), ParameterArea(8192, 1), ParameterInsert(FAR, 1, 1)),
+    both(
+        adding(RequiredMemory(FAR, 1, 4096), RequiredMemory(FAR + 4096, 1, 4096)),
+        pages(FAR, FAR + 4096),
+    ),
+]
+WITHIN = [
+    both(adding(RequiredMemory(FAR, 1, 0x10_0000)), pages(FAR + 0x1000, 0x1000)),
+    both(
+        pages(FAR, 0x1000, FAR + 4096, 0x2000),
+        adding(RequiredMemory(FAR, 1, 4096), RequiredMemory(FAR + 8192, 1, 4096)),
+    ),
+    # pages that are waiting for the next one are loaded last
+    both(pages(FAR), adding(RequiredMemory(FAR, 1, 0x2000))),
+]
+
 CASES = [
     Case("", NATIVE, adding(AREA, MemoryMap(0, 0), VpCount(0, 4092), INSERT), None),
     Case("", NATIVE, native_context(0), None),
@@ -172,6 +195,8 @@ CASES = [
         "region size exceeded",
     ),
     Case("memory-border", NATIVE, pages(0x1FFF_F000, 0x2000_0000), "region size exceeded"),
+    *(Case("memory-border", NATIVE, add, "region size exceeded") for add in CROSSING),
+    *(Case("", NATIVE, add, None) for add in WITHIN),
     Case("memory-low", NATIVE, page(0xA_0000), None),
     Case("memory-low", NATIVE, pages(0xB_F000, 0xC_0000), None),
     Case("required-sev", SEV, adding(REQUIRED), "failed to configure required memory"),
