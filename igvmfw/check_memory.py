@@ -21,7 +21,7 @@ _MAX_ADDRESS = 1 << 52
 _DEVICES = (
     (0xFEC0_0000, 0xFEC0_1000, "I/O APIC"),
     (0xFED0_0000, 0xFED0_1000, "HPET"),
-    (0xFEE0_0000, 0xFEE1_0000, "local APIC"),
+    (0xFEE0_0000, 0xFEF0_0000, "local APIC"),
 )
 _VGA = (0xA_0000, 0xC_0000)  # the window of a VGA adapter's memory
 _ROM_BORDERS = (0xC_0000, 0xE_0000)  # where pc's memory changes from RAM to ROM, and to another

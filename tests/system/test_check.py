@@ -190,6 +190,8 @@ CASES = [
     Case("memory-device", NATIVE, page(0xFEC0_0000), "existing non-RAM region"),
     Case("memory-device", NATIVE, page(0xFED0_0000), "existing non-RAM region"),
     Case("memory-device", NATIVE, page(0xFEE0_0000), "existing non-RAM region"),
+    Case("memory-device", NATIVE, page(0xFEEF_F000), "existing non-RAM region"),
+    Case("", NATIVE, page(0xFEF0_0000), None),
     Case(
         "memory-border", NATIVE, adding(ParameterArea(8192, 1), ParameterInsert(0x1FFF_F000, 1, 1)),
         "region size exceeded",
