@@ -66,7 +66,11 @@ def check_image(
         platform: The guest's.
         qemu: The release.
         guest: What is known of the guest.
+    Raises:
+        IgvmError: The file breaks a rule of the format, and was read leniently.
     """
+    if image.problems:
+        raise image.problems[0].error()
     found = _Check(image, platform, qemu, guest or Guest())
     return list(found.run())
 

@@ -66,6 +66,8 @@ def _regular(path: str) -> Iterator[tuple[int, int]]:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise _input_error(path, error) from None
+    except ValueError as error:  # NUL, or a surrogate
+        raise InputError(f"cannot read: no file has this name: {error}", where=path) from None
     try:
         info = os.fstat(fd)
         if stat.S_ISDIR(info.st_mode):

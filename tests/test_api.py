@@ -13,14 +13,20 @@ from pathlib import Path
 import pytest
 
 import igvmfw
-from igvmfw.errors import IgvmfwError
+from igvmfw.errors import EmulatorError, IgvmError, IgvmfwError, InputError
+from igvmfw.igvm.builder import ImageBuilder
+from igvmfw.igvm.headers import PageData
+from igvmfw.igvm.image import IgvmFile, assemble, serialize
+from igvmfw.platforms import Platform
+from igvmfw.qemu.acceptance import RELEASES
 from igvmfw.records import Record
 from tests import api_reference
+from tests.igvm import samples
 from tests.test_imports import HEAVY, NAMES
 
 SOURCE = Path(igvmfw.__file__)
 # what cannot fail: no "Raises:" is asked of them
-SAFE = {"refuses", "search_path", "load_catalog", "take_inventory", "check_image"}
+SAFE = {"refuses", "search_path", "load_catalog", "take_inventory"}
 FUNCTIONS = [name for name in igvmfw.__all__ if inspect.isfunction(getattr(igvmfw, name))]
 CLASSES = [name for name in igvmfw.__all__ if inspect.isclass(getattr(igvmfw, name))]
 
@@ -119,6 +125,27 @@ def test_a_class_says_what_it_is_and_holds(name: str) -> None:
     described = api_reference.sections(doc).get("Attributes", [])
     named = {word for item in api_reference.items(described) for word in item.split(", ")}
     assert fields <= named | set(api_reference.MEMBERS.get(name, "").split())
+
+
+def test_a_file_read_leniently_is_not_checked() -> None:
+    builder = ImageBuilder()
+    builder.add(samples.platform(Platform.NATIVE, 1))
+    builder.add_page(0x1000, 1)
+    image = IgvmFile.parse(builder.build())
+    platform, page = image.headers
+    assert isinstance(page, PageData)
+    headers = serialize((platform, page.replace(data_type=9)))
+    damaged = IgvmFile.parse(assemble(image.fixed, b"", headers, b""), lenient=True)
+    with pytest.raises(IgvmError, match="data type 9"):
+        igvmfw.check_image(damaged, Platform.NATIVE, RELEASES[-1])
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800b"])
+def test_a_name_that_no_file_can_have(name: str) -> None:
+    with pytest.raises(InputError, match="no file has this name"):
+        igvmfw.load_image(name)
+    with pytest.raises(EmulatorError, match="no program has this name"):
+        igvmfw.host_acceptance(Path(name))
 
 
 def test_members_that_are_promised_exist() -> None:

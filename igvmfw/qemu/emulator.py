@@ -218,6 +218,12 @@ def run_bounded(path: Path, *arguments: str, seconds: float) -> subprocess.Compl
             where=str(path),
             hint="install QEMU, or name another emulator",
         ) from None
+    except ValueError as error:  # NUL, or a surrogate
+        raise EmulatorError(
+            f"cannot run: no program has this name: {error}",
+            where=str(path),
+            hint="name another emulator",
+        ) from None
     deadline = time.monotonic() + seconds
     with process:
         try:
