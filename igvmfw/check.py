@@ -52,6 +52,9 @@ from igvmfw.qemu.acceptance import RELEASES, Acceptance
 
 MAX_AREA = 64 << 20  # bytes; QEMU allocates what the file says, up to 4 GiB each
 MAX_CONTEXTS = 4096  # the most vCPUs of q35 (hw/i386/pc_q35.c, max_cpus)
+# bytes of a MADT: its header, I/O APIC, interrupt overrides and NMI, together; then those of a CPU,
+# and of one behind the 255 whose APIC ids fit into a byte (hw/i386/acpi-common.c, acpi_build_madt)
+MADT_FIXED, MADT_CPU, MADT_FAR_CPU, MADT_CPUS = 118, 8, 16, 255
 MAX_AREAS = 256 << 20  # bytes, all of a file together
 LAUNCHED = (Platform.NATIVE, Platform.SEV, Platform.SEV_ES, Platform.SEV_SNP)
 
@@ -311,6 +314,8 @@ class _Check:
                     f"QEMU writes {name} at the area's begin, not at {header.byte_offset}",
                     "place it first in its area",
                 )
+            if header.type == HeaderType.MADT:
+                yield from self._madt(size)
             return
         if header.byte_offset + 4 > size:
             yield error(
@@ -318,6 +323,18 @@ class _Check:
                 f"{name} at byte {header.byte_offset} of an area of {size} bytes: QEMU does not "
                 "check this, and would write outside its memory",
                 "do not use this file: it is damaged, or made to attack the host",
+            )
+
+    def _madt(self, size: int) -> Iterator[Result]:
+        vcpus = self._guest.vcpus or 0
+        far = max(0, vcpus - MADT_CPUS)  # at least; ids of some topologies have gaps
+        needed = MADT_FIXED + MADT_CPU * (vcpus - far) + MADT_FAR_CPU * far
+        if needed > size:
+            yield error(
+                "madt-size",
+                f"the MADT of {vcpus} vCPUs has {needed} bytes, the area for it {size}: 'MADT size "
+                "exceeds parameter area defined in IGVM file'",
+                "give the guest fewer vCPUs, or rebuild the image with a larger area",
             )
 
     def _insert(self, insert: ParameterInsert) -> Iterator[Result]:

@@ -1,9 +1,10 @@
 """What `check` says of a file is what QEMU does with it: each rule with a file that breaks it."""
 
 import json
+import os
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -260,8 +261,10 @@ def name_of(case: Case) -> str:
     return f"{case.rule or 'fine'}-{case.platform}"
 
 
-def launch(qemu: Path, file: Path, platform: Platform) -> tuple[bool, str]:
-    """Whether QEMU gets through its launch, and what it said."""
+def launch(
+    qemu: Path, file: Path, platform: Platform, native: Sequence[str] = ("-accel", "tcg")
+) -> tuple[bool, str]:
+    """Whether QEMU gets through its launch, and what it said; `native`: options of such a guest."""
     objects = {
         NATIVE: "",
         SEV: "sev-guest,id=sev0,policy=1",
@@ -269,16 +272,16 @@ def launch(qemu: Path, file: Path, platform: Platform) -> tuple[bool, str]:
         SNP: "sev-snp-guest,id=sev0,policy=0x30000",
     }
     machine = "q35,igvm-cfg=igvm0"
-    command = [str(qemu), "-object", f"igvm-cfg,id=igvm0,file={file}"]
+    command = [str(qemu), "-object", f"igvm-cfg,id=igvm0,file={file}", "-smp", "2"]
     if platform is NATIVE:
-        command += ["-accel", "tcg"]
+        command += native
     else:
         machine += ",confidential-guest-support=sev0"
         command += ["-accel", "kvm", "-cpu", "EPYC-v4", "-object"]
         command += [f"{objects[platform]},cbitpos=0,reduced-phys-bits=1"]
     command += [
-        "-machine", machine, "-m", "512", "-smp", "2", "-nodefaults", "-display", "none",
-        "-vga", "none", "-L", "/usr/share/seabios", "-S", "-qmp", "stdio",
+        "-machine", machine, "-m", "512", "-nodefaults", "-display", "none", "-vga", "none",
+        "-L", "/usr/share/seabios", "-S", "-qmp", "stdio",
     ]  # fmt: skip
     words = ["qmp_capabilities", *(["cont"] if platform is SNP else []), "quit"]
     typed = "".join(json.dumps({"execute": word}) + "\n" for word in words)
@@ -358,6 +361,28 @@ def test_what_qemu_does_with_a_hole_is_the_reason_for_its_rule(
     assert not launched  # it crashes: nothing is mapped there
 
 
+def test_the_madt_of_many_processors_needs_its_area(tmp_path: Path) -> None:
+    """Also with QEMU: 376 are the most whose MADT is no larger than a page."""
+    emulator = printed("build-qemu.sh", "11.0")
+    need(emulator.exists(), "QEMU 11.0 with IGVM support")
+    need(os.access("/dev/kvm", os.R_OK | os.W_OK), "KVM (read and write access to /dev/kvm)")
+    builder = ImageBuilder()
+    builder.add(samples.platform(NATIVE, 1))
+    builder.add_page(0x9000, 1, samples.PAGE)
+    adding(AREA, Madt(0, 0), INSERT)(builder)
+    file = tmp_path / "madt.igvm"
+    file.write_bytes(builder.build())
+    image = IgvmFile.parse(file.read_bytes())
+    for vcpus, rules in ((376, []), (377, ["madt-size"])):
+        findings = check_image(image, NATIVE, acceptance_of((11, 0)), Guest(vcpus=vcpus))
+        assert [finding.rule for finding in findings] == rules
+        # more than 255 need an interrupt controller that QEMU has a part of, and x2APIC
+        options = ["-accel", "kvm", "-machine", "kernel-irqchip=split", "-cpu", "EPYC-v4,x2apic=on"]
+        launched, said = launch(emulator, file, NATIVE, [*options, "-smp", str(vcpus)])
+        assert launched != refuses(findings), said
+        assert launched or "MADT size exceeds" in said
+
+
 # rules whose breach QEMU 10.2 cannot show here
 UNTRIED = {
     "platform-unsupported",  # no TDX guest without TDX
@@ -374,5 +399,6 @@ def test_every_rule_is_documented_and_tried() -> None:
     code = "".join(path.read_text() for path in sources)
     rules = set(re.findall(r'\b(?:error|warning)\(\s*"([a-z-]+)"', code))
     assert documented == rules
-    tried = {case.rule for case in (*CASES, CONTEXT_SEV) if case.rule} | {"sev-launch"}
+    tried = {case.rule for case in (*CASES, CONTEXT_SEV) if case.rule}
+    tried |= {"sev-launch", "madt-size"}
     assert tried == rules - UNTRIED
