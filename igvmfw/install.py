@@ -98,6 +98,11 @@ class Place(Record):
         """The directories whose files of the same name it would override."""
         return self.search_path[self.search_path.index(self.directory) + 1 :]
 
+    @property
+    def real_directory(self) -> Path:
+        """The directory without links: one that several names mean has one of these."""
+        return rooted.real(self.root, self.directory.relative_to(self.root))
+
 
 def find_libvirt(root: Path) -> tuple[int, int, int] | None:
     """The newest libvirt installed in a root, by its library's name; None where there is none."""
@@ -158,6 +163,14 @@ def choose_place(level: Level, *, root: Path = rooted.HOST, into: Into = Into.AU
         search_path=catalog.search_path(root, user=True),
         note=note,
     )
+
+
+def distinct(places: Iterable[Place]) -> tuple[Place, ...]:
+    """The places whose directory is none of those before, by a link or by name."""
+    found: dict[Path, Place] = {}
+    for place in places:
+        found.setdefault(place.real_directory, place)
+    return tuple(found.values())
 
 
 def file_name(stem: str, priority: int) -> str:
@@ -223,7 +236,11 @@ def overriding(place: Place, name: str) -> tuple[Path, ...]:
     """The files of more specific directories that would override a descriptor of that name."""
     more_specific = place.search_path[: place.search_path.index(place.directory)]
     paths = (directory / name for directory in more_specific)
-    return tuple(path for path in paths if _exists(path, place.root))
+    return tuple(
+        path
+        for path in paths
+        if _exists(path, place.root) and _real_directory(path, place.root) != place.real_directory
+    )
 
 
 def plan_uninstall(place: Place, path: Path) -> Action:
@@ -274,7 +291,7 @@ def _existing(path: Path, root: Path) -> tuple[bytes, Descriptor | None] | None:
 
 
 def _real_directory(path: Path, root: Path) -> Path:
-    return rooted.resolve(root, path.parent.relative_to(root))
+    return rooted.real(root, path.parent.relative_to(root))
 
 
 def _not_ours(descriptor: Descriptor | None) -> str | None:
@@ -325,7 +342,8 @@ def locked(place: Place, *, create: bool) -> Iterator[None]:
 def all_locked(places: Iterable[Place], *, made: Place | None = None) -> Iterator[None]:
     """As `locked`, for several directories.
 
-    They are locked in one order, whoever asks: so two processes never wait for each other.
+    They are locked in one order, whoever asks: so two processes never wait for each other.  And
+    each once, by whatever names it is given: so a process never waits for itself.
 
     Args:
         places: The directories.
@@ -334,8 +352,9 @@ def all_locked(places: Iterable[Place], *, made: Place | None = None) -> Iterato
         OutputError: As `locked`.
     """
     with contextlib.ExitStack() as stack:
-        for place in sorted(places, key=lambda place: str(place.directory)):
-            stack.enter_context(locked(place, create=place == made))
+        for place in sorted(distinct(places), key=lambda place: str(place.real_directory)):
+            create = made is not None and place.real_directory == made.real_directory
+            stack.enter_context(locked(place, create=create))
         yield
 
 

@@ -24,6 +24,7 @@ from igvmfw.install import (
     Place,
     all_locked,
     carry_out,
+    distinct,
     file_name,
 )
 from igvmfw.provenance import Writer, described_file, find_writer, is_untouched, sealed
@@ -135,10 +136,10 @@ def remove_all(place: Place, *, dry_run: bool = False) -> Refreshed:
 
 
 def _same_level(place: Place) -> tuple[Place, ...]:
-    """The same level's directory of the other program."""
+    """The same level's directory of the other program, where it is not one with the place's."""
     base = place.directory.parents[1]
     both = (base / catalog.QEMU_DIRECTORY, base / catalog.OWN_DIRECTORY)
-    return tuple(place.replace(directory=d) for d in both if d != place.directory)
+    return distinct((place, *(place.replace(directory=d) for d in both)))[1:]
 
 
 def _find_files(

@@ -63,6 +63,18 @@ def _check_length(text: str, path: Path | str) -> None:
         )
 
 
+def real(root: Path, path: Path | str) -> Path:
+    """As `resolve`, with the links followed in the host's own root, too.
+
+    Args:
+        root: The other root directory.
+        path: The path as seen inside it.
+    Raises:
+        InputError: More links than the kernel would follow; never in the host's own root.
+    """
+    return Path(os.path.realpath(HOST / path)) if root == HOST else resolve(root, path)
+
+
 def _steps(path: Path | str) -> list[str]:
     return [step for step in str(path).split("/") if step not in ("", ".")]
 

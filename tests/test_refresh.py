@@ -20,58 +20,21 @@ from igvmfw.platforms import Platform
 from igvmfw.provenance import Writer, find_writer, is_untouched, sealed
 from igvmfw.qemu.catalog import load
 from igvmfw.qemu.descriptor import Descriptor
-from igvmfw.refresh import Refreshed, refresh, remove_all, vendor_directories
+from igvmfw.refresh import Refreshed, refresh, remove_all
 from tests.igvm import samples
 from tests.killing import kills
 from tests.opens import watching_opens
-
-Make = Callable[..., Path]
+from tests.refreshing import Make, described, kinds, maker, run
 
 
 @pytest.fixture
 def make(tmp_path: Path, ovmf: Path) -> Make:
-    """Put an IGVM file with OVMF below the root."""
-    from igvmfw.igvm.wrap import wrap
-
-    firmware = ovmf.read_bytes()
-    kept: dict[tuple[Platform, ...], bytes] = {}
-
-    def put(name: str, *platforms: Platform) -> Path:
-        platforms = platforms or (Platform.NATIVE,)
-        if platforms not in kept:
-            kept[platforms] = wrap(firmware, platforms)
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(kept[platforms])
-        return path
-
-    return put
+    return maker(tmp_path, ovmf)
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
     return choose_place(Level.VENDOR, root=tmp_path)
-
-
-def run(
-    place: Place, *, everything: bool = False, note_time: bool = True, dry_run: bool = False
-) -> Refreshed:
-    return refresh(
-        place,
-        vendor_directories(place.root),
-        everything=everything,
-        note_time=note_time,
-        dry_run=dry_run,
-    )
-
-
-def kinds(done: Refreshed) -> dict[str, str]:
-    return {action.path.name: action.kind.value for action in done.actions}
-
-
-def described(place: Place) -> dict[str, str]:
-    entries = load([place.directory], place.root).available
-    return {entry.name: entry.descriptor.mapping.filename for entry in entries if entry.descriptor}
 
 
 def test_new_changed_gone(place: Place, make: Make) -> None:

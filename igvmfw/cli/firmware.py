@@ -310,10 +310,10 @@ def _uninstall(args: argparse.Namespace) -> int:
     intos = (Into.QEMU, Into.IGVMFW) if args.into is Into.AUTO else (args.into,)
     places = [choose_place(args.level, root=args.root, into=into) for into in intos]
     with all_locked(() if args.dry_run else places):
-        actions: dict[Path, Action] = {}
+        actions: dict[Path, Action] = {}  # by the file without links: both places may have it
         for word in args.words:
             for place, path in _meant(places, word):
-                actions[path] = plan_uninstall(place, path)
+                actions.setdefault(place.real_directory / path.name, plan_uninstall(place, path))
         if not args.dry_run:
             carry_out(places[0], actions.values())
     code = _report(list(actions.values()), args)

@@ -1,0 +1,50 @@
+"""What tests of `refresh` share: a root with IGVM files, and what was done to its descriptors."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from igvmfw.igvm.wrap import wrap
+from igvmfw.install import Place
+from igvmfw.platforms import Platform
+from igvmfw.qemu.catalog import load
+from igvmfw.refresh import Refreshed, refresh, vendor_directories
+
+Make = Callable[..., Path]
+
+
+def maker(root: Path, ovmf: Path) -> Make:
+    """What puts an IGVM file with OVMF below a root."""
+    firmware = ovmf.read_bytes()
+    kept: dict[tuple[Platform, ...], bytes] = {}
+
+    def put(name: str, *platforms: Platform) -> Path:
+        platforms = platforms or (Platform.NATIVE,)
+        if platforms not in kept:
+            kept[platforms] = wrap(firmware, platforms)
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(kept[platforms])
+        return path
+
+    return put
+
+
+def run(
+    place: Place, *, everything: bool = False, note_time: bool = True, dry_run: bool = False
+) -> Refreshed:
+    return refresh(
+        place,
+        vendor_directories(place.root),
+        everything=everything,
+        note_time=note_time,
+        dry_run=dry_run,
+    )
+
+
+def kinds(done: Refreshed) -> dict[str, str]:
+    return {action.path.name: action.kind.value for action in done.actions}
+
+
+def described(place: Place) -> dict[str, str]:
+    entries = load([place.directory], place.root).available
+    return {entry.name: entry.descriptor.mapping.filename for entry in entries if entry.descriptor}
