@@ -5,7 +5,6 @@ is gone its descriptor goes.  A file whose size and time are those of its descri
 A file that another descriptor of the same level describes, as its package brought it, gets none.
 """
 
-import contextlib
 import hashlib
 import os
 import stat
@@ -203,7 +202,7 @@ def _without_aliases(root: Path, found: dict[str, os.stat_result]) -> dict[str, 
 
 
 def _is_link(root: Path, path: str) -> bool:
-    return rooted.resolve(root, path) != root / path.lstrip("/")
+    return rooted.real(root, path) != root / path.lstrip("/")
 
 
 def _plan(plan: _Plan, found: dict[str, os.stat_result], directories: Sequence[Path]) -> None:
@@ -223,9 +222,10 @@ def _plan(plan: _Plan, found: dict[str, os.stat_result], directories: Sequence[P
             _plan_others(plan, path, *others[path])
         else:
             _plan_file(plan, path, info)
+    known = {(info.st_dev, info.st_ino) for info in found.values()}
     inner = [rooted.inner(place.root, directory).rstrip("/") + "/" for directory in directories]
     for entry in here:
-        _plan_gone(plan, entry, found, inner)
+        _plan_gone(plan, entry, found, known, inner)
     for entry in elsewhere:  # written while another place was right
         if _is_ours(entry.descriptor):
             reason = f"belongs into {place.directory}"
@@ -309,19 +309,38 @@ def _free_name(plan: _Plan, path: str) -> str:
 
 
 def _plan_gone(
-    plan: _Plan, entry: Entry, found: dict[str, os.stat_result], directories: Sequence[str]
+    plan: _Plan,
+    entry: Entry,
+    found: dict[str, os.stat_result],
+    known: set[tuple[int, int]],
+    directories: Sequence[str],
 ) -> None:
-    """Remove a descriptor of refresh's whose file was below the directories and is gone."""
+    """Remove a descriptor of refresh's whose file was below the directories and is no more."""
     descriptor = entry.descriptor
     if descriptor is None or find_writer(descriptor) is not Writer.REFRESH:
         return
     path = descriptor.mapping.filename
     if path in found or not any(path.startswith(directory) for directory in directories):
         return
-    with contextlib.suppress(InputError):
-        if os.path.lexists(rooted.resolve(plan.place.root, path)):
-            return
-    plan.actions.append(_removal(entry, descriptor, f"{path} is gone"))
+    if reason := _why_gone(plan.place.root, path, known):
+        plan.actions.append(_removal(entry, descriptor, f"{path} {reason}"))
+
+
+def _why_gone(root: Path, path: str, known: set[tuple[int, int]]) -> str | None:
+    """Why there is no such file to describe; None where there is one.
+
+    Args:
+        root: The root that the path is seen in.
+        path: The file, which was not found.
+        known: The files that were.
+    """
+    try:
+        info = os.stat(rooted.resolve(root, path))
+    except (OSError, InputError):
+        return "is gone"
+    if (info.st_dev, info.st_ino) in known and _is_link(root, path):
+        return "is a link to another file now"
+    return None
 
 
 def _removal(entry: Entry, descriptor: Descriptor, reason: str) -> Action:
