@@ -1,8 +1,9 @@
 """Keeping vendor descriptors in line with the IGVM files that packages install.
 
 What packaging triggers call: a new file gets a descriptor, a changed one a new one, and when a file
-is gone its descriptor goes.  A file whose size and time are those of its descriptor is not opened.
-A file that another descriptor of the same level describes, as its package brought it, gets none.
+is gone its descriptor goes; where one merely cannot be read, it stays.  A file whose size and time
+are those of its descriptor is not opened.  A file that another descriptor of the same level
+describes, as its package brought it, gets none.
 """
 
 import hashlib
@@ -36,6 +37,7 @@ from igvmfw.qemu.schema import Profile
 VENDOR_DATA = ("coconut-svsm", "edk2", "OVMF", "ovmf", "qemu", "igvm")
 SUFFIX = ".igvm"
 _MAX_DEPTH = 4  # directories below a vendor directory
+_GONE = (FileNotFoundError, NotADirectoryError)  # any other error says nothing about a file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +95,7 @@ def refresh(
         progress: Told how many files have been looked at, of how many.
     Raises:
         OutputError: The place cannot be written.
-        InputError: A directory is not below the root.
+        InputError: A directory is not below the root, or one of descriptors cannot be read.
     """
     found, problems = _find_files(place.root, directories)
     plan = _Plan(
@@ -152,7 +154,7 @@ def _find_files(
         for path in sorted(_walk(root, rooted.resolve(root, inner), inner, problems)):
             try:
                 info = os.stat(rooted.resolve(root, path))
-            except FileNotFoundError:
+            except _GONE:
                 continue  # a link to nothing; the file it meant is gone
             except OSError as error:
                 problems.append(_unreadable(root, path, f"cannot read: {error.strerror}"))
@@ -184,7 +186,7 @@ def _walk(
                         yield from _walk(root, real / entry.name, below, problems, depth + 1)
                 elif entry.name.endswith(SUFFIX):
                     yield below
-    except (FileNotFoundError, NotADirectoryError):
+    except _GONE:
         return
     except OSError as error:
         problems.append(_unreadable(root, inner, f"cannot read: {error.strerror}"))
@@ -207,8 +209,7 @@ def _is_link(root: Path, path: str) -> bool:
 
 def _plan(plan: _Plan, found: dict[str, os.stat_result], directories: Sequence[Path]) -> None:
     place = plan.place
-    here = catalog.load([place.directory], place.root).entries
-    elsewhere = catalog.load([p.directory for p in _same_level(place)], place.root).entries
+    here, elsewhere = _load(place), _load(*_same_level(place))
     plan.ours = {e.descriptor.mapping.filename: e for e in here if _is_ours(e.descriptor)}
     plan.names = {entry.name for entry in here}
     others = {
@@ -230,6 +231,14 @@ def _plan(plan: _Plan, found: dict[str, os.stat_result], directories: Sequence[P
         if _is_ours(entry.descriptor):
             reason = f"belongs into {place.directory}"
             plan.actions.append(Action(kind=Kind.REMOVE, path=entry.path, reason=reason))
+
+
+def _load(*places: Place) -> tuple[Entry, ...]:
+    """The descriptors of directories; one that cannot be read is no empty one."""
+    found = catalog.load([p.directory for p in places], places[0].root if places else rooted.HOST)
+    if found.problems:
+        raise found.problems[0]
+    return found.entries
 
 
 def _is_ours(descriptor: Descriptor | None) -> TypeGuard[Descriptor]:
@@ -268,8 +277,12 @@ def _plan_file(plan: _Plan, path: str, info: os.stat_result) -> None:
         error.__context__ = None
         plan.problems.append(error.with_traceback(None))
         if entry is not None:
-            reason = f"{path} is no longer what it describes"
-            plan.actions.append(Action(kind=Kind.REMOVE, path=entry.path, reason=reason))
+            # of the class itself is what `files` says of reading; what was read has one below it
+            if type(error) is InputError:
+                kind, reason = Kind.KEEP, f"{path} cannot be read"
+            else:
+                kind, reason = Kind.REMOVE, f"{path} is no longer what it describes"
+            plan.actions.append(Action(kind=kind, path=entry.path, reason=reason))
         return
     target = entry.path if entry is not None else plan.place.directory / _free_name(plan, path)
     data = sealed(described.descriptor, Writer.REFRESH).write()
@@ -327,7 +340,7 @@ def _plan_gone(
 
 
 def _why_gone(root: Path, path: str, known: set[tuple[int, int]]) -> str | None:
-    """Why there is no such file to describe; None where there is one.
+    """Why there is no such file to describe; None where there is one, or nobody can tell.
 
     Args:
         root: The root that the path is seen in.
@@ -336,8 +349,10 @@ def _why_gone(root: Path, path: str, known: set[tuple[int, int]]) -> str | None:
     """
     try:
         info = os.stat(rooted.resolve(root, path))
-    except (OSError, InputError):
+    except _GONE:
         return "is gone"
+    except (OSError, InputError):
+        return None
     if (info.st_dev, info.st_ino) in known and _is_link(root, path):
         return "is a link to another file now"
     return None

@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import pytest
 
 from igvmfw import files
 from igvmfw.description import describe_file
-from igvmfw.errors import IgvmfwError
+from igvmfw.errors import IgvmfwError, InputError
 from igvmfw.install import Into, Kind, Level, Place, choose_place, plan_install
 from igvmfw.platforms import Platform
 from igvmfw.provenance import Writer, find_writer, is_untouched, sealed
@@ -24,6 +24,7 @@ from igvmfw.refresh import Refreshed, refresh, remove_all
 from tests.igvm import samples
 from tests.killing import kills
 from tests.opens import watching_opens
+from tests.privilege import without_privilege
 from tests.refreshing import Make, described, kinds, maker, run
 
 
@@ -259,6 +260,56 @@ def test_damaged_files_hide_no_others(place: Place, make: Make) -> None:
     }
     assert len(done.problems) == 1
     assert str(done.problems[0]).startswith(str(bad))
+
+
+@pytest.fixture
+def unprivileged(place: Place, tmp_path: Path) -> Iterator[Callable[[], Refreshed]]:
+    """A refresh by a user who may do with the files what their modes say."""
+    for directory in tmp_path, *tmp_path.parents[:2]:  # pytest's own
+        directory.chmod(0o755)
+
+    def refreshed() -> Refreshed:
+        with without_privilege():
+            return run(place)
+
+    yield refreshed
+    for path in (tmp_path, *tmp_path.rglob("*")):
+        path.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [("igvm/sub/a.igvm", 0), ("igvm/sub", 0), ("igvm/sub", 0o111), ("igvm", 0)],
+)
+def test_what_cannot_be_read_keeps_its_descriptor(
+    place: Place, make: Make, unprivileged: Callable[[], Refreshed], name: str, mode: int
+) -> None:
+    make("usr/share/igvm/sub/a.igvm")
+    run(place)
+    before = contents(place)
+    place.directory.chmod(0o777)
+    (place.root / "usr/share" / name).chmod(mode)
+    done = unprivileged()
+    assert contents(place) == before
+    assert [str(problem).split(" (")[0] for problem in done.problems] == [
+        f"{place.root}/usr/share/{name}: cannot read: Permission denied"
+    ]
+    kept = "keep" if name.endswith(".igvm") else None
+    assert kinds(done).get("70-igvm-sub-a.json") == kept
+
+
+def test_descriptors_that_cannot_be_listed_are_not_written_over(
+    place: Place, make: Make, unprivileged: Callable[[], Refreshed]
+) -> None:
+    make("usr/share/igvm/a.igvm")
+    run(place)
+    path = place.directory / "70-igvm-a.json"
+    path.write_bytes(path.read_bytes().replace(b"OVMF for", b"My OVMF for"))
+    before = contents(place)
+    place.directory.chmod(0o333)
+    with pytest.raises(InputError, match="cannot read: Permission denied"):
+        unprivileged()
+    assert contents(place) == before
 
 
 def test_what_cannot_be_described_is_said(place: Place, tmp_path: Path) -> None:
