@@ -7,6 +7,7 @@ describes, as its package brought it, gets none.
 """
 
 import hashlib
+import itertools
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
@@ -53,6 +54,14 @@ class Refreshed:
     problems: tuple[IgvmfwError, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Ours:
+    """A descriptor that an earlier refresh wrote, and nobody edited."""
+
+    path: Path
+    descriptor: Descriptor
+
+
 @dataclass(slots=True, kw_only=True)
 class _Plan:
     place: Place
@@ -60,11 +69,13 @@ class _Plan:
     everything: bool
     note_time: bool
     progress: Callable[[int, int], None]
-    # by IGVM file: what an earlier refresh wrote, and nobody edited
-    ours: dict[str, Entry] = field(default_factory=dict)
+    ours: dict[str, list[_Ours]] = field(default_factory=dict)  # by IGVM file
     names: set[str] = field(default_factory=set)  # file names in use in the place
     actions: list[Action] = field(default_factory=list)
     problems: list[IgvmfwError] = field(default_factory=list)
+
+    def add(self, kind: Kind, path: Path, reason: str, data: bytes | None = None) -> None:
+        self.actions.append(Action(kind=kind, path=path, reason=reason, data=data))
 
 
 def vendor_directories(root: Path = rooted.HOST) -> tuple[Path, ...]:
@@ -210,7 +221,10 @@ def _is_link(root: Path, path: str) -> bool:
 def _plan(plan: _Plan, found: dict[str, os.stat_result], directories: Sequence[Path]) -> None:
     place = plan.place
     here, elsewhere = _load(place), _load(*_same_level(place))
-    plan.ours = {e.descriptor.mapping.filename: e for e in here if _is_ours(e.descriptor)}
+    for entry in here:
+        if _is_ours(entry.descriptor):
+            ours = plan.ours.setdefault(entry.descriptor.mapping.filename, [])
+            ours.append(_Ours(entry.path, entry.descriptor))
     plan.names = {entry.name for entry in here}
     others = {
         entry.descriptor.mapping.filename: (entry, entry.descriptor)
@@ -229,8 +243,7 @@ def _plan(plan: _Plan, found: dict[str, os.stat_result], directories: Sequence[P
         _plan_gone(plan, entry, found, known, inner)
     for entry in elsewhere:  # written while another place was right
         if _is_ours(entry.descriptor):
-            reason = f"belongs into {place.directory}"
-            plan.actions.append(Action(kind=Kind.REMOVE, path=entry.path, reason=reason))
+            plan.add(Kind.REMOVE, entry.path, f"belongs into {place.directory}")
 
 
 def _load(*places: Place) -> tuple[Entry, ...]:
@@ -254,18 +267,16 @@ def _plan_others(plan: _Plan, path: str, entry: Entry, descriptor: Descriptor) -
     edited = find_writer(descriptor) is Writer.REFRESH
     reason = "was edited since igvmfw wrote it" if edited else "is not refresh's"
     kind = Kind.KEEP if edited else Kind.UNCHANGED
-    reason = f"describes {path}, and {reason}"
-    plan.actions.append(Action(kind=kind, path=entry.path, reason=reason))
-    if path in plan.ours:
-        reason = f"{path} has another descriptor, {entry.path}"
-        plan.actions.append(Action(kind=Kind.REMOVE, path=plan.ours[path].path, reason=reason))
+    plan.add(kind, entry.path, f"describes {path}, and {reason}")
+    for own in plan.ours.get(path, ()):
+        plan.add(Kind.REMOVE, own.path, f"{path} has another descriptor, {entry.path}")
 
 
 def _plan_file(plan: _Plan, path: str, info: os.stat_result) -> None:
-    entry = plan.ours.get(path)
-    if entry is not None and not plan.everything and _looks_unchanged(entry, info):
-        reason = f"{path} looks unchanged"
-        plan.actions.append(Action(kind=Kind.UNCHANGED, path=entry.path, reason=reason))
+    ours = plan.ours.get(path, [])
+    if ours and not plan.everything and all(_looks_unchanged(own, info) for own in ours):
+        for own in ours:
+            plan.add(Kind.UNCHANGED, own.path, f"{path} looks unchanged")
         return
     try:
         host = str(plan.place.root / path.lstrip("/"))
@@ -276,28 +287,28 @@ def _plan_file(plan: _Plan, path: str, info: os.stat_result) -> None:
         # its frames would keep the file mapped, and open, as long as the error
         error.__context__ = None
         plan.problems.append(error.with_traceback(None))
-        if entry is not None:
-            # of the class itself is what `files` says of reading; what was read has one below it
-            if type(error) is InputError:
-                kind, reason = Kind.KEEP, f"{path} cannot be read"
+        # of the class itself is what `files` says of reading; what was read has one below it
+        unread = type(error) is InputError
+        for own in ours:
+            if unread:
+                plan.add(Kind.KEEP, own.path, f"{path} cannot be read")
             else:
-                kind, reason = Kind.REMOVE, f"{path} is no longer what it describes"
-            plan.actions.append(Action(kind=kind, path=entry.path, reason=reason))
+                plan.add(Kind.REMOVE, own.path, f"{path} is no longer what it describes")
         return
-    target = entry.path if entry is not None else plan.place.directory / _free_name(plan, path)
-    data = sealed(described.descriptor, Writer.REFRESH).write()
-    if entry is not None and entry.descriptor == Descriptor.parse(data):
-        action = Action(kind=Kind.UNCHANGED, path=target, reason=f"{path} is unchanged")
-    else:
-        reason = f"{path} {_what_changed(entry, described.descriptor)}"
-        action = Action(kind=Kind.WRITE, path=target, reason=reason, data=data)
-    plan.actions.append(action)
+    now = sealed(described.descriptor, Writer.REFRESH)
+    if not ours:
+        target = plan.place.directory / _free_name(plan, path)
+        plan.add(Kind.WRITE, target, f"{path} is new", now.write())
+    for own in ours:
+        if own.descriptor == now:
+            plan.add(Kind.UNCHANGED, own.path, f"{path} is unchanged")
+        else:
+            reason = f"{path} {_what_changed(own.descriptor, now)}"
+            plan.add(Kind.WRITE, own.path, reason, now.write())
 
 
-def _what_changed(entry: Entry | None, now: Descriptor) -> str:
-    if entry is None or entry.descriptor is None:
-        return "is new"
-    before, after = described_file(entry.descriptor), described_file(now)
+def _what_changed(descriptor: Descriptor, now: Descriptor) -> str:
+    before, after = described_file(descriptor), described_file(now)
     if before is None or after is None or before.sha256 != after.sha256:
         return "changed"
     if before.ctime_ns != after.ctime_ns:
@@ -305,20 +316,28 @@ def _what_changed(entry: Entry | None, now: Descriptor) -> str:
     return "is the same, and described anew"
 
 
-def _looks_unchanged(entry: Entry, info: os.stat_result) -> bool:
-    identity = described_file(entry.descriptor) if entry.descriptor is not None else None
+def _looks_unchanged(own: _Ours, info: os.stat_result) -> bool:
+    identity = described_file(own.descriptor)
     return identity is not None and identity.looks_like(info)
 
 
 def _free_name(plan: _Plan, path: str) -> str:
-    """A file name that nobody has: from the path, with its digest where that is taken."""
-    stem = path.removeprefix(f"/{catalog.VENDOR_BASE}").strip("/").removesuffix(SUFFIX)
-    name = file_name(stem.replace("/", "-"), VENDOR_PRIORITY)
-    if name in plan.names:
-        digest = hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()
-        name = file_name(f"{stem.replace('/', '-')[-80:]}-{digest[:12]}", VENDOR_PRIORITY)
+    """A file name that nobody has; it is taken from then on."""
+    name = next(name for name in _names(path) if name not in plan.names)
     plan.names.add(name)
     return name
+
+
+def _names(path: str) -> Iterator[str]:
+    """File names for a descriptor: from the path, then with its digest, then numbered."""
+    stem = path.removeprefix(f"/{catalog.VENDOR_BASE}").strip("/").removesuffix(SUFFIX)
+    stem = stem.replace("/", "-")
+    yield file_name(stem, VENDOR_PRIORITY)
+    digest = hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()
+    stem = f"{stem[-80:]}-{digest[:12]}"
+    yield file_name(stem, VENDOR_PRIORITY)
+    for number in itertools.count(2):
+        yield file_name(f"{stem}-{number}", VENDOR_PRIORITY)
 
 
 def _plan_gone(

@@ -48,3 +48,7 @@ def kinds(done: Refreshed) -> dict[str, str]:
 def described(place: Place) -> dict[str, str]:
     entries = load([place.directory], place.root).available
     return {entry.name: entry.descriptor.mapping.filename for entry in entries if entry.descriptor}
+
+
+def contents(place: Place) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in place.directory.glob("[!.]*")}

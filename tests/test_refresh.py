@@ -1,10 +1,7 @@
 import json
 import os
-import signal
 import subprocess
 import sys
-import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -18,14 +15,12 @@ from igvmfw.errors import IgvmfwError, InputError
 from igvmfw.install import Into, Kind, Level, Place, choose_place, plan_install
 from igvmfw.platforms import Platform
 from igvmfw.provenance import Writer, find_writer, is_untouched, sealed
-from igvmfw.qemu.catalog import load
 from igvmfw.qemu.descriptor import Descriptor
 from igvmfw.refresh import Refreshed, refresh, remove_all
 from tests.igvm import samples
-from tests.killing import kills
 from tests.opens import watching_opens
 from tests.privilege import without_privilege
-from tests.refreshing import Make, described, kinds, maker, run
+from tests.refreshing import Make, contents, described, kinds, maker, run
 
 
 @pytest.fixture
@@ -350,6 +345,37 @@ def test_names_that_collide(place: Place, make: Make) -> None:
     assert described(place) == before
 
 
+def test_a_name_is_never_one_that_is_taken(place: Place, make: Make) -> None:
+    """As when somebody has what refresh wrote describe another file, again and again."""
+    make("usr/share/igvm/a.igvm")
+    edited: dict[str, bytes] = {}
+    for _ in range(4):
+        (name,) = [name for name, kind in kinds(run(place)).items() if kind == "write"]
+        path = place.directory / name
+        edited[name] = path.read_bytes().replace(b"/usr/share/igvm/a", b"/srv/mine")
+        path.write_bytes(edited[name])
+        assert contents(place) == edited
+    assert len(edited) == 4
+
+
+def test_copies_of_what_refresh_wrote_are_its_own(place: Place, make: Make) -> None:
+    """As to give a file a higher priority."""
+    file = make("usr/share/igvm/a.igvm")
+    run(place)
+    path = place.directory / "70-igvm-a.json"
+    for name in ("20-first.json", "80-last.json"):
+        path.with_name(name).write_bytes(path.read_bytes())
+    assert set(kinds(run(place)).values()) == {"unchanged"}
+    make("usr/share/igvm/a.igvm", Platform.SEV)
+    run(place)
+    texts = contents(place)
+    assert sorted(texts) == ["20-first.json", "70-igvm-a.json", "80-last.json"]
+    assert all(Descriptor.parse(text).features == ("amd-sev",) for text in texts.values())
+    file.unlink()
+    run(place)
+    assert contents(place) == {}
+
+
 def test_files_outside_the_directories_are_left_alone(place: Place, make: Make) -> None:
     make("usr/share/igvm/a.igvm")
     other = make("usr/share/edk2/b.igvm")
@@ -397,89 +423,3 @@ def test_a_change_while_it_is_read_shows_next_time(
     run(place)
     monkeypatch.undo()
     assert kinds(run(place)) == {"70-igvm-a.json": Kind.WRITE}
-
-
-def test_killed_runs_are_made_good_by_the_next(place: Place, make: Make, tmp_path: Path) -> None:
-    source = make("usr/share/igvm/file-0.igvm")
-    for number in range(1, 60):
-        os.link(source, source.with_name(f"file-{number}.igvm"))
-    command = [sys.executable, "-m", "igvmfw", "refresh", "--root", str(tmp_path)]
-    for delay in (0.15, 0.2, 0.25, 0.3, 0.4, 0.5):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.wait(30)
-        found = load([place.directory], place.root)
-        assert all(entry.error is None for entry in found.entries)
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    assert len(described(place)) == 60
-    assert len(list(place.directory.iterdir())) == 60
-
-
-def test_a_kill_at_any_step_of_a_refresh(place: Place, tmp_path: Path) -> None:
-    """One descriptor is replaced, one removed, one new: each is the old or the new one, whole."""
-    first, changed = samples.small(Platform.SEV_SNP), samples.small(Platform.NATIVE)
-    presets = ("coconut-svsm/coconut-qemu", "edk2/ovmf/OVMF")  # what small files are cannot be told
-    kept, moved = (tmp_path / f"usr/share/{name}.igvm" for name in presets)
-    for file in (kept, moved):
-        file.parent.mkdir(parents=True)
-
-    def before() -> None:
-        kept.write_bytes(first)
-        moved.write_bytes(first)
-        run(place, note_time=False)
-
-    def then() -> None:
-        kept.write_bytes(changed)
-        moved.unlink()
-
-    before()
-    old = contents(place)
-    then()
-    run(place, note_time=False)
-    new = contents(place)
-    assert [len(old), len(new)] == [2, 1]
-    seen = []
-
-    def prepare() -> None:
-        before()
-        then()
-
-    for _ in kills(lambda: run(place, note_time=False), prepare=prepare):
-        found = contents(place)
-        for name in old:
-            assert found.get(name) in (old.get(name), new.get(name))
-        assert set(found) <= set(old)
-        seen.append(found)
-        run(place, note_time=False)
-        assert contents(place) == new
-        assert len(list(place.directory.iterdir())) == 1  # nothing of the killed run is left
-    assert len(seen) > 50
-    assert old in seen
-    assert new in seen
-    assert any(found not in (old, new) for found in seen)
-
-
-def contents(place: Place) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in place.directory.glob("[!.]*")}
-
-
-def test_runs_that_want_the_same_directories_do_not_wait_for_each_other(place: Place) -> None:
-    """A trigger's refresh, and the removal of igvmfw, both lock QEMU's directory and igvmfw's."""
-    other = choose_place(Level.VENDOR, root=place.root, into=Into.IGVMFW)
-    for each in (place, other):
-        each.directory.mkdir(parents=True)
-    (place.root / "usr/share/igvm").mkdir()
-    (place.root / "usr/share/igvm/a.igvm").write_bytes(samples.small())
-    calls = (lambda: run(place), lambda: run(other), lambda: remove_all(place))
-
-    def often(call: Callable[[], object]) -> None:
-        for _ in range(40):
-            call()
-
-    threads = [threading.Thread(target=often, args=(call,), daemon=True) for call in calls]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not any(thread.is_alive() for thread in threads)
