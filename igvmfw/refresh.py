@@ -13,7 +13,6 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeGuard
 
 from igvmfw import rooted
 from igvmfw.description import describe_file
@@ -55,11 +54,21 @@ class Refreshed:
 
 
 @dataclass(frozen=True, slots=True)
-class _Ours:
-    """A descriptor that an earlier refresh wrote, and nobody edited."""
+class _Known:
+    """A descriptor that there is."""
 
     path: Path
     descriptor: Descriptor
+
+    @property
+    def file(self) -> str:
+        """The file that it describes."""
+        return self.descriptor.mapping.filename
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether a refresh wrote it, and nobody edited it."""
+        return find_writer(self.descriptor) is Writer.REFRESH and is_untouched(self.descriptor)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -69,13 +78,16 @@ class _Plan:
     everything: bool
     note_time: bool
     progress: Callable[[int, int], None]
-    ours: dict[str, list[_Ours]] = field(default_factory=dict)  # by IGVM file
+    ours: dict[str, list[_Known]] = field(default_factory=dict)  # by IGVM file
     names: set[str] = field(default_factory=set)  # file names in use in the place
     actions: list[Action] = field(default_factory=list)
     problems: list[IgvmfwError] = field(default_factory=list)
 
     def add(self, kind: Kind, path: Path, reason: str, data: bytes | None = None) -> None:
         self.actions.append(Action(kind=kind, path=path, reason=reason, data=data))
+
+    def is_here(self, known: _Known) -> bool:
+        return known.path.parent == self.place.directory
 
 
 def vendor_directories(root: Path = rooted.HOST) -> tuple[Path, ...]:
@@ -96,7 +108,7 @@ def refresh(
     """Bring the descriptors of a directory in line with the IGVM files of others.
 
     Args:
-        place: Where the descriptors go; other directories of the same level give up theirs.
+        place: Where the descriptors go; those in the level's other directory move there.
         directories: Where to look for files named *.igvm, as the host names them.
         profile: What the descriptors may hold.
         everything: Read every file, also one that looks unchanged.
@@ -119,7 +131,9 @@ def refresh(
     if dry_run:
         _plan(plan, found, directories)
     else:
-        with all_locked((place, *_same_level(place)), made=place if found else None):
+        others = _same_level(place)
+        needed = found or any(known.is_ours for known in _known(_load(*others)))
+        with all_locked((place, *others), made=place if needed else None):
             _plan(plan, found, directories)
             carry_out(place, plan.actions)
     return Refreshed(actions=tuple(plan.actions), problems=(*problems, *plan.problems))
@@ -138,7 +152,7 @@ def remove_all(place: Place, *, dry_run: bool = False) -> Refreshed:
     with all_locked(() if dry_run else places):
         entries = catalog.load([each.directory for each in places], place.root).entries
         actions = tuple(
-            _removal(entry, entry.descriptor, "written by refresh")
+            _removal(entry.path, entry.descriptor, "written by refresh")
             for entry in entries
             if entry.descriptor is not None and find_writer(entry.descriptor) is Writer.REFRESH
         )
@@ -221,29 +235,40 @@ def _is_link(root: Path, path: str) -> bool:
 def _plan(plan: _Plan, found: dict[str, os.stat_result], directories: Sequence[Path]) -> None:
     place = plan.place
     here, elsewhere = _load(place), _load(*_same_level(place))
-    for entry in here:
-        if _is_ours(entry.descriptor):
-            ours = plan.ours.setdefault(entry.descriptor.mapping.filename, [])
-            ours.append(_Ours(entry.path, entry.descriptor))
     plan.names = {entry.name for entry in here}
-    others = {
-        entry.descriptor.mapping.filename: (entry, entry.descriptor)
-        for entry in (*elsewhere, *here)
-        if entry.descriptor is not None and not _is_ours(entry.descriptor)
-    }
+    others: dict[str, _Known] = {}
+    for known in _known((*here, *elsewhere)):
+        if known.is_ours:
+            _take(plan, known)
+        else:
+            others.setdefault(known.file, known)
     for done, (path, info) in enumerate(found.items()):
         plan.progress(done, len(found))
         if path in others:
-            _plan_others(plan, path, *others[path])
+            _plan_others(plan, path, others[path])
         else:
             _plan_file(plan, path, info)
-    known = {(info.st_dev, info.st_ino) for info in found.values()}
-    inner = [rooted.inner(place.root, directory).rstrip("/") + "/" for directory in directories]
-    for entry in here:
-        _plan_gone(plan, entry, found, known, inner)
-    for entry in elsewhere:  # written while another place was right
-        if _is_ours(entry.descriptor):
-            plan.add(Kind.REMOVE, entry.path, f"belongs into {place.directory}")
+    below = tuple(f"{rooted.inner(place.root, each).rstrip('/')}/" for each in directories)
+    files = {(info.st_dev, info.st_ino) for info in found.values()}
+    for known in (*itertools.chain(*plan.ours.values()), *others.values()):
+        if known.file not in found and find_writer(known.descriptor) is Writer.REFRESH:
+            looked = known.file.startswith(below)
+            gone = _why_gone(place.root, known.file, files) if looked else None
+            _plan_unfound(plan, known, gone)
+
+
+def _known(entries: Sequence[Entry]) -> Iterator[_Known]:
+    """The descriptors of those files that are some."""
+    return (_Known(e.path, e.descriptor) for e in entries if e.descriptor is not None)
+
+
+def _take(plan: _Plan, known: _Known) -> None:
+    """Know a descriptor as refresh's; one of the other directory goes where the right has one."""
+    ours = plan.ours.setdefault(known.file, [])
+    if not plan.is_here(known) and any(plan.is_here(own) for own in ours):
+        plan.add(Kind.REMOVE, known.path, f"belongs into {plan.place.directory}")
+    else:
+        ours.append(known)
 
 
 def _load(*places: Place) -> tuple[Entry, ...]:
@@ -254,29 +279,21 @@ def _load(*places: Place) -> tuple[Entry, ...]:
     return found.entries
 
 
-def _is_ours(descriptor: Descriptor | None) -> TypeGuard[Descriptor]:
-    return (
-        descriptor is not None
-        and find_writer(descriptor) is Writer.REFRESH
-        and is_untouched(descriptor)
-    )
-
-
-def _plan_others(plan: _Plan, path: str, entry: Entry, descriptor: Descriptor) -> None:
+def _plan_others(plan: _Plan, path: str, theirs: _Known) -> None:
     """Leave a file to the descriptor that somebody else wrote for it."""
-    edited = find_writer(descriptor) is Writer.REFRESH
+    edited = find_writer(theirs.descriptor) is Writer.REFRESH
     reason = "was edited since igvmfw wrote it" if edited else "is not refresh's"
     kind = Kind.KEEP if edited else Kind.UNCHANGED
-    plan.add(kind, entry.path, f"describes {path}, and {reason}")
+    plan.add(kind, theirs.path, f"describes {path}, and {reason}")
     for own in plan.ours.get(path, ()):
-        plan.add(Kind.REMOVE, own.path, f"{path} has another descriptor, {entry.path}")
+        plan.add(Kind.REMOVE, own.path, f"{path} has another descriptor, {theirs.path}")
 
 
 def _plan_file(plan: _Plan, path: str, info: os.stat_result) -> None:
     ours = plan.ours.get(path, [])
     if ours and not plan.everything and all(_looks_unchanged(own, info) for own in ours):
         for own in ours:
-            plan.add(Kind.UNCHANGED, own.path, f"{path} looks unchanged")
+            _leave(plan, own, Kind.UNCHANGED, f"{path} looks unchanged")
         return
     try:
         host = str(plan.place.root / path.lstrip("/"))
@@ -291,7 +308,7 @@ def _plan_file(plan: _Plan, path: str, info: os.stat_result) -> None:
         unread = type(error) is InputError
         for own in ours:
             if unread:
-                plan.add(Kind.KEEP, own.path, f"{path} cannot be read")
+                _leave(plan, own, Kind.KEEP, f"{path} cannot be read")
             else:
                 plan.add(Kind.REMOVE, own.path, f"{path} is no longer what it describes")
         return
@@ -301,10 +318,31 @@ def _plan_file(plan: _Plan, path: str, info: os.stat_result) -> None:
         plan.add(Kind.WRITE, target, f"{path} is new", now.write())
     for own in ours:
         if own.descriptor == now:
-            plan.add(Kind.UNCHANGED, own.path, f"{path} is unchanged")
+            _leave(plan, own, Kind.UNCHANGED, f"{path} is unchanged")
         else:
             reason = f"{path} {_what_changed(own.descriptor, now)}"
-            plan.add(Kind.WRITE, own.path, reason, now.write())
+            _write(plan, own, now, reason)
+
+
+def _leave(plan: _Plan, own: _Known, kind: Kind, reason: str) -> None:
+    """Let a descriptor say what it says; from the other directory it moves into the right one."""
+    if plan.is_here(own):
+        plan.add(kind, own.path, reason)
+    else:
+        _move(plan, own)
+
+
+def _move(plan: _Plan, own: _Known) -> None:
+    _write(plan, own, own.descriptor, f"moved from {own.path.parent}")
+
+
+def _write(plan: _Plan, own: _Known, now: Descriptor, reason: str) -> None:
+    target = own.path
+    if not plan.is_here(own):
+        target = plan.place.directory / _free_name(plan, own.file, own.path.name)
+    plan.add(Kind.WRITE, target, reason, now.write())
+    if target != own.path:
+        plan.add(Kind.REMOVE, own.path, f"belongs into {plan.place.directory}")
 
 
 def _what_changed(descriptor: Descriptor, now: Descriptor) -> str:
@@ -316,14 +354,15 @@ def _what_changed(descriptor: Descriptor, now: Descriptor) -> str:
     return "is the same, and described anew"
 
 
-def _looks_unchanged(own: _Ours, info: os.stat_result) -> bool:
+def _looks_unchanged(own: _Known, info: os.stat_result) -> bool:
     identity = described_file(own.descriptor)
     return identity is not None and identity.looks_like(info)
 
 
-def _free_name(plan: _Plan, path: str) -> str:
+def _free_name(plan: _Plan, path: str, *wanted: str) -> str:
     """A file name that nobody has; it is taken from then on."""
-    name = next(name for name in _names(path) if name not in plan.names)
+    names = itertools.chain(wanted, _names(path))
+    name = next(name for name in names if name not in plan.names)
     plan.names.add(name)
     return name
 
@@ -340,22 +379,12 @@ def _names(path: str) -> Iterator[str]:
         yield file_name(f"{stem}-{number}", VENDOR_PRIORITY)
 
 
-def _plan_gone(
-    plan: _Plan,
-    entry: Entry,
-    found: dict[str, os.stat_result],
-    known: set[tuple[int, int]],
-    directories: Sequence[str],
-) -> None:
-    """Remove a descriptor of refresh's whose file was below the directories and is no more."""
-    descriptor = entry.descriptor
-    if descriptor is None or find_writer(descriptor) is not Writer.REFRESH:
-        return
-    path = descriptor.mapping.filename
-    if path in found or not any(path.startswith(directory) for directory in directories):
-        return
-    if reason := _why_gone(plan.place.root, path, known):
-        plan.actions.append(_removal(entry, descriptor, f"{path} {reason}"))
+def _plan_unfound(plan: _Plan, known: _Known, gone: str | None) -> None:
+    """What becomes of refresh's descriptor of a file that is gone, or was not looked at."""
+    if gone:
+        plan.actions.append(_removal(known.path, known.descriptor, f"{known.file} {gone}"))
+    elif known.is_ours and not plan.is_here(known):
+        _move(plan, known)
 
 
 def _why_gone(root: Path, path: str, known: set[tuple[int, int]]) -> str | None:
@@ -377,9 +406,9 @@ def _why_gone(root: Path, path: str, known: set[tuple[int, int]]) -> str | None:
     return None
 
 
-def _removal(entry: Entry, descriptor: Descriptor, reason: str) -> Action:
+def _removal(path: Path, descriptor: Descriptor, reason: str) -> Action:
     """Remove a descriptor of refresh's, unless somebody edited it."""
     if is_untouched(descriptor):
-        return Action(kind=Kind.REMOVE, path=entry.path, reason=reason)
+        return Action(kind=Kind.REMOVE, path=path, reason=reason)
     reason += ", but the descriptor was edited since igvmfw wrote it"
-    return Action(kind=Kind.KEEP, path=entry.path, reason=reason)
+    return Action(kind=Kind.KEEP, path=path, reason=reason)

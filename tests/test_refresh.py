@@ -389,10 +389,46 @@ def test_descriptors_move_when_the_right_place_changes(make: Make, tmp_path: Pat
     make("usr/share/igvm/a.igvm")
     own = choose_place(Level.VENDOR, root=tmp_path, into=Into.IGVMFW)
     qemu = choose_place(Level.VENDOR, root=tmp_path, into=Into.QEMU)
-    for place, other in ((own, qemu), (qemu, own), (own, qemu)):
-        run(place)
-        assert list(described(place)) == ["70-igvm-a.json"]
-        assert described(other) == {}
+    run(own)
+    before = contents(own)
+    before["20-first.json"] = before["70-igvm-a.json"]
+    (own.directory / "20-first.json").write_bytes(before["20-first.json"])
+    for place, other in ((qemu, own), (own, qemu)):
+        done = run(place)
+        assert {action.reason for action in done.actions} == {
+            f"moved from {other.directory}",
+            f"belongs into {place.directory}",
+        }
+        assert contents(place) == before
+        assert contents(other) == {}
+    # as a run leaves it that was killed half-way
+    qemu.directory.joinpath("70-igvm-a.json").write_bytes(before["70-igvm-a.json"])
+    run(own)
+    assert [contents(own), contents(qemu)] == [before, {}]
+
+
+def test_descriptors_of_files_elsewhere_move_too(make: Make, tmp_path: Path) -> None:
+    """As when libvirt is upgraded across 10.7, and the trigger looks where packages put files."""
+    make("opt/fw/a.igvm")
+    make("opt/fw/b.igvm")
+    gone = make("usr/share/igvm/gone.igvm")
+    own = choose_place(Level.VENDOR, root=tmp_path, into=Into.IGVMFW)
+    qemu = choose_place(Level.VENDOR, root=tmp_path, into=Into.QEMU)
+    run(own)
+    refresh(own, [tmp_path / "opt/fw"])
+    gone.unlink()
+    before = contents(own)
+    del before["70-igvm-gone.json"]
+    run(qemu)
+    assert contents(own) == {}
+    assert contents(qemu) == before
+    # none is written over where its name is taken
+    own.directory.joinpath("70-opt-fw-a.json").write_bytes(b"mine")
+    run(own)
+    assert contents(qemu) == {}
+    found = contents(own)
+    assert found.pop("70-opt-fw-a.json") == b"mine"
+    assert sorted(found.values()) == sorted(before.values())
 
 
 def test_a_name_that_is_no_utf8_is_a_problem(place: Place, make: Make) -> None:
