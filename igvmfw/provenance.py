@@ -1,9 +1,10 @@
 """What igvmfw notes in the tags of a descriptor: the file described, and who wrote the descriptor.
 
 firmware.json keeps `tags` for development and debugging and has management software pass over
-them, so nobody chooses firmware by these.  Two are igvmfw's:
+them, so nobody chooses firmware by these.  Three are igvmfw's:
 
     igvmfw-file=sha256:HEX,size:BYTES[,ctime:NANOSECONDS]   the IGVM file as it was
+    igvmfw-profile=upstream                                 of refresh's, where it is not igvmfw
     igvmfw-seal=WRITER,sha256:HEX                           over all of the descriptor but this tag
 
 A descriptor whose seal holds was written by igvmfw and not edited since.  Only such a one is
@@ -22,6 +23,8 @@ from igvmfw.records import Record
 
 _FILE = re.compile(r"igvmfw-file=sha256:([0-9a-f]{64}),size:(\d{1,20})(?:,ctime:(-?\d{1,20}))?")
 _SEAL = re.compile(r"igvmfw-seal=(install|refresh),sha256:([0-9a-f]{64})")
+
+UPSTREAM_TAG = "igvmfw-profile=upstream"
 
 
 class Writer(StrEnum):

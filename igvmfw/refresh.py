@@ -27,7 +27,14 @@ from igvmfw.install import (
     distinct,
     file_name,
 )
-from igvmfw.provenance import Writer, described_file, find_writer, is_untouched, sealed
+from igvmfw.provenance import (
+    UPSTREAM_TAG,
+    Writer,
+    described_file,
+    find_writer,
+    is_untouched,
+    sealed,
+)
 from igvmfw.qemu import catalog
 from igvmfw.qemu.catalog import Entry
 from igvmfw.qemu.descriptor import Descriptor
@@ -291,14 +298,18 @@ def _plan_others(plan: _Plan, path: str, theirs: _Known) -> None:
 
 def _plan_file(plan: _Plan, path: str, info: os.stat_result) -> None:
     ours = plan.ours.get(path, [])
-    if ours and not plan.everything and all(_looks_unchanged(own, info) for own in ours):
+    if ours and all(_looks_unchanged(plan, own, info) for own in ours):
         for own in ours:
             _leave(plan, own, Kind.UNCHANGED, f"{path} looks unchanged")
         return
     try:
         host = str(plan.place.root / path.lstrip("/"))
         described = describe_file(
-            host, root=plan.place.root, profile=plan.profile, note_time=plan.note_time
+            host,
+            root=plan.place.root,
+            profile=plan.profile,
+            note_time=plan.note_time,
+            tags=(UPSTREAM_TAG,) if plan.profile is Profile.UPSTREAM else (),
         )
     except IgvmfwError as error:
         # its frames would keep the file mapped, and open, as long as the error
@@ -349,12 +360,21 @@ def _what_changed(descriptor: Descriptor, now: Descriptor) -> str:
     before, after = described_file(descriptor), described_file(now)
     if before is None or after is None or before.sha256 != after.sha256:
         return "changed"
+    if after.ctime_ns is None and before.ctime_ns is not None:
+        return "is described without its time now"
+    if before.ctime_ns is None and after.ctime_ns is not None:
+        return "has its time noted now"
     if before.ctime_ns != after.ctime_ns:
         return "has another time, and the same content"
     return "is the same, and described anew"
 
 
-def _looks_unchanged(own: _Known, info: os.stat_result) -> bool:
+def _looks_unchanged(plan: _Plan, own: _Known, info: os.stat_result) -> bool:
+    """Whether a descriptor is what this run would write, as far as that shows without reading."""
+    if plan.everything or not plan.note_time:
+        return False
+    if (UPSTREAM_TAG in own.descriptor.tags) != (plan.profile is Profile.UPSTREAM):
+        return False
     identity = described_file(own.descriptor)
     return identity is not None and identity.looks_like(info)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from igvmfw.igvm.wrap import wrap
 from igvmfw.install import Place
@@ -29,16 +30,8 @@ def maker(root: Path, ovmf: Path) -> Make:
     return put
 
 
-def run(
-    place: Place, *, everything: bool = False, note_time: bool = True, dry_run: bool = False
-) -> Refreshed:
-    return refresh(
-        place,
-        vendor_directories(place.root),
-        everything=everything,
-        note_time=note_time,
-        dry_run=dry_run,
-    )
+def run(place: Place, **how: Any) -> Refreshed:
+    return refresh(place, vendor_directories(place.root), **how)
 
 
 def kinds(done: Refreshed) -> dict[str, str]:

@@ -1,4 +1,5 @@
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -16,11 +17,14 @@ from igvmfw.install import Into, Kind, Level, Place, choose_place, plan_install
 from igvmfw.platforms import Platform
 from igvmfw.provenance import Writer, find_writer, is_untouched, sealed
 from igvmfw.qemu.descriptor import Descriptor
+from igvmfw.qemu.schema import Profile
 from igvmfw.refresh import Refreshed, refresh, remove_all
 from tests.igvm import samples
 from tests.opens import watching_opens
 from tests.privilege import without_privilege
 from tests.refreshing import Make, contents, described, kinds, maker, run
+
+SVSM = Path(__file__).parent / "data/coconut/coconut-qemu-vtpm-snp-ovmf.igvm.xz"
 
 
 @pytest.fixture
@@ -121,6 +125,13 @@ def test_descriptors_of_an_image_that_can_be_reproduced(place: Place, make: Make
     with watching_opens(file.parent) as opened:
         assert refresh_in_a_process(place.root) == {"unchanged": 1}
         assert opened() == set()
+    # what has one loses it
+    assert path.read_bytes() != texts[0]
+    (action,) = run(place, note_time=False).actions
+    assert action.reason.endswith("/a.igvm is described without its time now")
+    assert path.read_bytes() == texts[0]
+    (action,) = run(place).actions
+    assert action.reason.endswith("/a.igvm has its time noted now")
 
 
 def test_what_looks_unchanged_can_be_read_all_the_same(place: Place, make: Make) -> None:
@@ -132,6 +143,21 @@ def test_what_looks_unchanged_can_be_read_all_the_same(place: Place, make: Make)
     assert kinds(run(place)) == {"70-igvm-a.json": "unchanged"}
     assert kinds(run(place, everything=True)) == {"70-igvm-a.json": "write"}
     assert kinds(run(place, everything=True)) == {"70-igvm-a.json": "unchanged"}
+
+
+def test_another_profile_is_not_what_looks_unchanged(place: Place) -> None:
+    """The one has words that the other lacks, so what is missing shows in the file alone."""
+    file = place.root / "usr/share/igvm/a.igvm"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(lzma.decompress(SVSM.read_bytes()))
+    path = place.directory / "70-igvm-a.json"
+    for profile in (Profile.IGVMFW, Profile.UPSTREAM, Profile.IGVMFW):
+        assert kinds(run(place, profile=profile)) == {"70-igvm-a.json": "write"}
+        features = Descriptor.parse(path.read_bytes()).features
+        assert ("vtpm" in features) is (profile is Profile.IGVMFW)
+        with watching_opens(file.parent) as opened:
+            assert kinds(run(place, profile=profile)) == {"70-igvm-a.json": "unchanged"}
+            assert opened() == set()
 
 
 def test_touching_a_file_updates_what_is_noted(place: Place, make: Make) -> None:
