@@ -1,6 +1,7 @@
 """An IGVM file on disk → its descriptor, with the reasons: `describe`, with the file read."""
 
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from igvmfw.errors import IgvmfwError, InputError, RefusedError
 from igvmfw.igvm.image import IgvmFile
 from igvmfw.igvm.payload import firmware_image, identify
 from igvmfw.igvm.uefi import find_facts
-from igvmfw.provenance import FileIdentity
+from igvmfw.provenance import FileIdentity, shows_changes
 from igvmfw.qemu.options import file_value
 from igvmfw.qemu.schema import Profile
 
@@ -31,7 +32,8 @@ def describe_file(
         root: The root directory whose guests use it: the descriptor has the path seen in there.
         profile: What the descriptor may hold.
         stated: What the caller adds.
-        note_time: Note the file's time too, so that a change is seen without reading the file.
+        note_time: Note the file's time too, so that a change is seen without reading the file;
+            not of a file that changed just now, whose next change may not show in it.
         tags: Tags for the descriptor, before the one that says which file was described.
     Raises:
         InputError: The file is missing, unreadable, damaged, or not below `root`.
@@ -51,6 +53,7 @@ def describe_file(
     except RefusedError as error:
         raise error.within(path) from None
     real = rooted.resolve(root, inner)
+    now = time.time_ns()
     try:
         info = os.stat(real)  # before reading: a change meanwhile shows in the time
     except OSError:
@@ -61,7 +64,8 @@ def describe_file(
             payloads = [identify(image, platform) for platform in image.supported]
             facts = [find_facts(firmware_image(image, platform)) for platform in image.supported]
             preset = presets.find(inner)
-            identity = FileIdentity.of(data, info if note_time else None)
+            noted = note_time and info is not None and shows_changes(info, now)
+            identity = FileIdentity.of(data, info if noted else None)
             return describe(
                 image,
                 payloads,

@@ -24,6 +24,8 @@ from igvmfw.records import Record
 _FILE = re.compile(r"igvmfw-file=sha256:([0-9a-f]{64}),size:(\d{1,20})(?:,ctime:(-?\d{1,20}))?")
 _SEAL = re.compile(r"igvmfw-seal=(install|refresh),sha256:([0-9a-f]{64})")
 
+_TICK_NS = 20_000_000  # the kernel's clock for files goes on every 10 ms or more often
+_COARSEST_NS = 2_000_000_000  # of file systems that keep whole seconds, FAT only every other one
 UPSTREAM_TAG = "igvmfw-profile=upstream"
 
 
@@ -40,9 +42,10 @@ class FileIdentity(Record):
     Attributes:
         sha256: Of its content, hexadecimal.
         size: In bytes.
-        ctime_ns: When its content or status last changed, in nanoseconds since 1970; None where the
-            descriptor's text shall depend on the content alone, as in packages.  Not the time of
-            writing: packages and images set that, and two versions of a file may share it.
+        ctime_ns: When its content or status last changed, in nanoseconds since 1970; None where it
+            had just changed, or the descriptor's text shall depend on the content alone, as in
+            packages.  Not the time of writing: packages and images set that, and two versions of a
+            file may share it.
     """
 
     sha256: str
@@ -71,6 +74,20 @@ class FileIdentity(Record):
     def looks_like(self, info: os.stat_result) -> bool:
         """Whether size and time say that a file is still this one; its content is not read."""
         return info.st_size == self.size and info.st_ctime_ns == self.ctime_ns
+
+
+def shows_changes(info: os.stat_result, now_ns: int) -> bool:
+    """Whether any change of a file from now on gives it another time than it has.
+
+    One that comes as soon after the last as the file system's clock cannot tell leaves the time as
+    it is, and would never be seen.  So git does not trust the time of what changed just now either.
+
+    Args:
+        info: The file's status.
+        now_ns: What the clock said before that was taken, in nanoseconds since 1970.
+    """
+    whole = info.st_ctime_ns % 1_000_000_000 == 0  # a finer clock has such times once in a while
+    return info.st_ctime_ns + _TICK_NS + (_COARSEST_NS if whole else 0) < now_ns
 
 
 def described_file(descriptor: Descriptor) -> FileIdentity | None:

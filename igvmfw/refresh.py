@@ -119,8 +119,8 @@ def refresh(
         directories: Where to look for files named *.igvm, as the host names them.
         profile: What the descriptors may hold.
         everything: Read every file, also one that looks unchanged.
-        note_time: Note each file's time, which the next refresh knows it by; without, the
-            descriptors depend on the files' contents alone, and the next one reads them.
+        note_time: Note each file's time, which the next refresh knows it by, as `describe_file`
+            does; without, the descriptors depend on the files' contents alone.
         dry_run: Only say what would be done.
         progress: Told how many files have been looked at, of how many.
     Raises:

@@ -8,6 +8,7 @@ from igvmfw.cli import main
 from igvmfw.igvm.wrap import wrap
 from igvmfw.platforms import Platform
 from tests.cli.commands import Run, file_in
+from tests.refreshing import settle
 
 
 @pytest.fixture
@@ -34,4 +35,5 @@ def root(tmp_path: Path, wrapped: bytes) -> Path:
     root = tmp_path / "root"
     file_in(root).parent.mkdir(parents=True)
     file_in(root).write_bytes(wrapped)
+    settle()
     return root
