@@ -17,7 +17,7 @@ from igvmfw.commandline import (
 from igvmfw.errors import DomainError, RefusedError
 from igvmfw.platforms import Platform
 from igvmfw.select import Choice
-from igvmfw.virt.document import canonical, indent, insert, remove
+from igvmfw.virt.document import indent, insert, remove
 from igvmfw.virt.domain import IGVM, VARIABLES, Domain, Request, is_request, only, place
 from igvmfw.virt.record import File, OnChange, Part, Record, State
 
@@ -145,7 +145,7 @@ def rewrite(
             on_change=on_change or (former.on_change if former else OnChange.REFUSE),
         )
     )
-    if canonical(result.document.tree) == canonical(domain.document.tree):
+    if result.document.text() == domain.document.text():
         result = domain
     return Rewritten(
         domain=result,

@@ -7,11 +7,11 @@ import pytest
 
 from igvmfw.launch import Options, prepare, recorded
 from igvmfw.platforms import Platform
-from igvmfw.virt.document import canonical
 from igvmfw.virt.domain import Domain
 from igvmfw.virt.host import Capabilities
 from tests.igvm import samples
 from tests.virt import domains
+from tests.virt.choices import canonical
 
 HOST = Capabilities(emulator="/usr/bin/qemu-system-x86_64", igvm=False, sev=True, sev_es=True)
 

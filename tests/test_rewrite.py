@@ -36,6 +36,16 @@ def test_rewriting_again_changes_nothing(text: str) -> None:
     assert rewrite(reread, for_(text)).domain.write() == once.write()
 
 
+def test_a_namespace_that_is_no_absolute_uri_is_the_users() -> None:
+    """libvirt takes any, and so stays whatever reads the metadata."""
+    own = "<metadata><my:app xmlns:my='mycompany'>x</my:app></metadata>"
+    text = domains.SEV.replace("<os ", f"{own}<os ")
+    once = rewrite(domain(text), for_(text)).domain
+    assert "<my:app xmlns:my='mycompany'>x</my:app>" in once.write().decode()
+    assert rewrite(once, for_(text)).domain is once
+    assert restore(once).write() == text.encode()
+
+
 def test_what_libvirt_gets() -> None:
     result = rewrite(domain(domains.REQUEST), chosen()).domain
     assert result.os.firmware is None

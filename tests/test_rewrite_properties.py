@@ -12,12 +12,11 @@ from igvmfw.errors import IgvmfwError
 from igvmfw.platforms import Platform
 from igvmfw.rewrite import convert, request_of, restore, rewrite
 from igvmfw.select import Choice
-from igvmfw.virt.document import canonical
 from igvmfw.virt.domain import Domain
 from tests.sources import libvirt_source, newer_libvirt_source
 from tests.test_rewrite_libvirt import corpus
 from tests.virt import domains
-from tests.virt.choices import chosen
+from tests.virt.choices import canonical, chosen
 
 # reproducible in CI
 BOUNDED = settings(

@@ -13,11 +13,11 @@ from igvmfw.qemu.descriptor import StorageInterface, VtpmStorage
 from igvmfw.rewrite import as_request, restore, rewrite
 from igvmfw.select import Choice
 from igvmfw.state import check_domain, plan, recorded
-from igvmfw.virt.document import canonical
 from igvmfw.virt.domain import Domain
 from igvmfw.virt.keeping import owner, state_directory
 from igvmfw.virt.record import State
 from tests.privilege import without_privilege
+from tests.virt.choices import canonical
 
 ID = "6ecf0a42-5b5b-4c0b-9d5e-1f1f0a9e0001"
 STATE = State(interface="virtio-blk-mmio", size=8 << 20, path=f"/s/libvirt-{ID}.raw")

@@ -26,7 +26,7 @@ _UTF8 = ("utf-8", "utf8")
 _ASCII = ("us-ascii", "ascii")  # what Python's XML libraries declare unless they are told otherwise
 _TOKEN = re.compile(r"<!--.*?-->|<!\[CDATA\[.*?\]\]>|<\?.*?\?>|<[^>]*>", re.DOTALL)
 _DOUBLE_QUOTED = re.compile(r'="([^"]*)"')
-_FIRST_QUOTE = re.compile(r"""<[^!?>"']*=\s*(["'])""")
+_FIRST_QUOTE = re.compile(r"""<[^<!?>"']*=\s*(["'])""")
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,15 +124,6 @@ class Document:
             text = _TOKEN.sub(_requote, text)
         text = f"{self._style.prolog}{text}{chr(10) if self._style.final_newline else ''}"
         return text.encode("ascii", "xmlcharrefreplace").decode() if self._style.ascii else text
-
-
-def canonical(element: "etree._Element | etree._ElementTree") -> bytes:
-    """Canonical XML with comments: equal for documents that say the same.
-
-    Source: Canonical XML 1.0 (https://www.w3.org/TR/2001/REC-xml-c14n-20010315).
-    """
-    tree = element if isinstance(element, etree._ElementTree) else element.getroottree()
-    return etree.tostring(tree, method="c14n", with_comments=True)
 
 
 def insert(parent: "etree._Element", index: int, element: "etree._Element") -> None:

@@ -34,6 +34,7 @@ from igvmfw.virt.document import indent, insert, put_back, remove
 from igvmfw.virt.domain import Domain, only, place
 
 NAMESPACE = "urn:igvmfw:domain:1"
+_ATTRIBUTES = ("made", "policy")
 _MAX_TAKEN = 4  # loader, nvram, varstore, firmware
 _HEX = re.compile(r"[0-9a-f]+")
 _SIZE = re.compile(r"[1-9][0-9]{0,15}")
@@ -235,7 +236,7 @@ class Record:
 
     def set_policy(self, policy: int | None) -> None:
         """Record the guest policy that igvmfw filled in; None when the domain has its own."""
-        _set(self.element, "policy", None if policy is None else f"0x{policy:x}")
+        self._set_attribute("policy", None if policy is None else f"0x{policy:x}")
 
     @property
     def chosen(self) -> bool:
@@ -253,7 +254,7 @@ class Record:
     def made(self, *names: str) -> None:
         """Record that igvmfw made these elements."""
         known = self.element.get("made", "").split()
-        _set(self.element, "made", " ".join(sorted({*known, *names})))
+        self._set_attribute("made", " ".join(sorted({*known, *names})))
 
     def has_made(self, name: str) -> bool:
         """Whether igvmfw made the element."""
@@ -262,7 +263,7 @@ class Record:
     def forget(self, name: str) -> None:
         """Record that the element is gone again."""
         known = [word for word in self.element.get("made", "").split() if word != name]
-        _set(self.element, "made", " ".join(known) or None)
+        self._set_attribute("made", " ".join(known) or None)
 
     def has(self, part: Part) -> bool:
         """Whether something was taken out of `<os>` under this name."""
@@ -321,6 +322,13 @@ class Record:
         if firmware is not None:
             os.element.set("firmware", firmware)
         self.drop(part)
+
+    def _set_attribute(self, name: str, value: str | None) -> None:
+        """Set an attribute, in one order: a record that says the same again reads the same."""
+        values = {known: self.element.get(known) for known in _ATTRIBUTES} | {name: value}
+        for known, text in values.items():
+            _set(self.element, known, None)
+            _set(self.element, known, text)
 
     def _part(self, name: str, *, first: bool = False) -> "etree._Element":
         element = only(self.element, _tag(name))

@@ -165,6 +165,25 @@ def test_a_domain_full_of_one_part(kind: str, file: Path) -> None:
         one_line(said, "more than one <")
 
 
+BESIDE: dict[str, tuple[str, str | Callable[[int], str], str]] = {
+    "comment": ("<!--", "-<", "-->"),
+    "attributes": ("<x ", lambda n: f"a{n}='' ", "/>"),
+    "namespaces": ("<x ", lambda n: f"xmlns:n{n}='urn:x' ", "/>"),
+}
+
+
+@pytest.mark.parametrize("kind", list(BESIDE))
+def test_a_domain_with_much_that_is_no_concern(kind: str, file: Path) -> None:
+    before, part, after = BESIDE[kind]
+    if kind == "comment":
+        after += asking(file)
+    else:
+        start, end = inside("domain", asking(file))
+        before, after = f"{start}<metadata>{before}", f"{after}</metadata>{end}"
+    code, said = attack(filled(before, part, after))
+    assert code == 0, said
+
+
 @pytest.mark.parametrize("command", ["rewrite", "restore"])
 @pytest.mark.parametrize("kind", ["arguments", "ours", "taken", "made"])
 def test_a_record_full_of_one_thing(command: str, kind: str, file: Path) -> None:

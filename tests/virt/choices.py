@@ -6,7 +6,6 @@ from lxml import etree
 
 from igvmfw.platforms import Platform
 from igvmfw.select import Choice
-from igvmfw.virt.document import canonical
 from igvmfw.virt.domain import Domain
 
 SHA256 = "0123456789abcdef" * 4
@@ -31,6 +30,15 @@ def chosen(platform: Platform = Platform.NATIVE, **values: object) -> Choice:
 
 def for_(text: str) -> Choice:
     return chosen(Platform.SEV if "launchSecurity" in text else Platform.NATIVE)
+
+
+def canonical(element: "etree._Element | etree._ElementTree") -> bytes:
+    """Canonical XML with comments: equal for documents that say the same.
+
+    Source: Canonical XML 1.0 (https://www.w3.org/TR/2001/REC-xml-c14n-20010315).
+    """
+    tree = element if isinstance(element, etree._ElementTree) else element.getroottree()
+    return etree.tostring(tree, method="c14n", with_comments=True)
 
 
 def same(one: Domain, other: Domain) -> bool:

@@ -14,12 +14,12 @@ from igvmfw.virt.document import (
     MAX_BYTES,
     MAX_DEPTH,
     Document,
-    canonical,
     insert,
     put_back,
     remove,
 )
 from tests.virt import domains
+from tests.virt.choices import canonical
 
 BOMB = (
     "<!DOCTYPE domain [<!ENTITY a 'aaaaaaaaaaaaaaaa'>"
@@ -195,12 +195,17 @@ def test_the_greatest_depth_is_taken() -> None:
     Document.parse(b"<a>" * MAX_DEPTH + b"</a>" * MAX_DEPTH)
 
 
-def test_the_cost_of_a_wide_document_grows_with_it_and_no_faster() -> None:
-    def cost(elements: int) -> float:
-        data = b"<a>" + b"<b/>" * elements + b"</a>"
+@pytest.mark.parametrize(
+    ("before", "repeated", "after"), [("<a>", "<b/>", "</a>"), ("<!--", "-<x", "--><a/>")]
+)
+def test_the_cost_of_a_document_grows_with_it_and_no_faster(
+    before: str, repeated: str, after: str
+) -> None:
+    def cost(times: int) -> float:
+        data = f"{before}{repeated * times}{after}".encode()
         begin = time.process_time()
         assert Document.parse(data).write() == data
         return time.process_time() - begin
 
-    # 8 times the elements; what grew with their square would take 64 times as long
+    # 8 times as much; what grew with the square would take 64 times as long
     assert cost(1_000_000) < 24 * cost(125_000)
