@@ -177,9 +177,9 @@ class LaunchSecurity:
             DomainError: It is no hexadecimal number, or has more bits than such a policy.
         """
         element = only(self.element, "policy")
-        text = "" if element is None else (element.text or "").strip(_XML_SPACE)
-        if element is None or not text:
+        if element is None:
             return None
+        text = (element.text or "").strip(_XML_SPACE)
         bits = 32 if self.type == "sev" else 64
         # libvirt reads it so with and without 0x
         if not _HEXADECIMAL.fullmatch(text) or int(text, 16) >= 1 << bits:

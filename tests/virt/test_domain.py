@@ -184,7 +184,9 @@ def test_absurd_units(unit: str) -> None:
         _ = domain(text).memory
 
 
-@pytest.mark.parametrize("policy", [*(n for n in ABSURD if n != "1e9"), "0x", "0x1_0", "f" * 9])
+@pytest.mark.parametrize(
+    "policy", [*(n for n in ABSURD if n != "1e9"), "0x", "0x1_0", "f" * 9, "", " "]
+)
 def test_absurd_policies(policy: str) -> None:
     text = f"<launchSecurity type='sev'><policy>{policy}</policy></launchSecurity>"
     with pytest.raises(DomainError, match="not a hexadecimal number of 32 bits"):
