@@ -154,8 +154,9 @@ def _pairs(arguments: tuple[str, ...]) -> Iterator[tuple[str, str]]:
 
 
 def _find(domain: Domain, option: str, value: str) -> int | None:
-    """Where an option stands with exactly this value."""
-    found = (a.position for a in _arguments(domain) if (a.option, a.value) == (option, value))
+    """Where an option stands last with exactly this value: the user's own come before igvmfw's."""
+    arguments = reversed(list(_arguments(domain)))
+    found = (a.position for a in arguments if (a.option, a.value) == (option, value))
     return next(found, None)
 
 

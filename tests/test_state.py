@@ -96,6 +96,16 @@ def test_rewriting_again_changes_nothing_and_restore_gives_the_request_back() ->
         assert canonical(back.document.tree) == canonical(domain.document.tree)
 
 
+def test_what_the_user_gave_qemu_in_the_same_words_is_not_taken_out() -> None:
+    pair = ("-global", "virtio-mmio.force-legacy=false")
+    assert pair[1] in state_arguments(STATE)
+    domain = asking(*pair, "-no-user-config")
+    once = rewrite(domain, CHOICE, state=STATE).domain
+    assert once.arguments.count(pair[1]) == 2
+    assert restore(once).write() == domain.write()
+    assert rewrite(once, CHOICE).domain.arguments == rewrite(domain, CHOICE).domain.arguments
+
+
 def test_other_firmware_takes_the_disk_along_or_away() -> None:
     moved = State(interface="virtio-blk-mmio", size=1 << 20, path="/other/a,b.raw", planes=True)
     once = rewrite(asking(), CHOICE, state=STATE).domain
