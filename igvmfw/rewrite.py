@@ -18,7 +18,7 @@ from igvmfw.errors import DomainError, RefusedError
 from igvmfw.platforms import Platform
 from igvmfw.select import Choice
 from igvmfw.virt.document import indent, insert, remove
-from igvmfw.virt.domain import IGVM, VARIABLES, Domain, Request, is_request, only, place
+from igvmfw.virt.domain import IGVM, VARIABLES, Domain, Os, Request, is_request, only, place
 from igvmfw.virt.record import File, OnChange, Part, Record, State
 
 # names and aliases of q35 and i440fx machines, Ubuntu's aliases included: the machine types that
@@ -57,7 +57,7 @@ def convert(domain: Domain, path: str | None = None) -> Domain:
     """A domain with bios or efi firmware, or with none, asks for IGVM firmware instead.
 
     Loader and UEFI variables are kept in the metadata for the way back; firmware features stay
-    wanted.
+    wanted, and so does secure='yes' of the loader where none of them says it.
 
     Args:
         domain: The domain; one that asks for IGVM already keeps its request.
@@ -74,6 +74,7 @@ def convert(domain: Domain, path: str | None = None) -> Domain:
     result = as_request(domain).copy()
     record = Record.make(result)
     os = result.os
+    secure = _wants_secure(os)
     if current is None or not record.has(Part.BEFORE):
         _ = os.variables  # several of a kind are not worth keeping
         record.drop(Part.BEFORE)
@@ -81,12 +82,28 @@ def convert(domain: Domain, path: str | None = None) -> Domain:
     else:
         _drop_request(result)
     os.element.set("firmware", IGVM)
-    if path is not None:
-        loader = os.element.makeelement("loader", {"type": IGVM})
-        loader.text = path
-        kind = only(os.element, "type")
-        insert(os.element, 0 if kind is None else os.element.index(kind) + 1, loader)
+    if path is not None or secure:
+        _ask(os, path, secure=secure)
     return result
+
+
+def _wants_secure(os: Os) -> bool:
+    """Whether the loader alone says that the firmware must be safe for Secure Boot.
+
+    libvirt itself puts secure='yes' beside features, for the firmware that it chose by them.
+    """
+    said = {"secure-boot", "requires-smm"} & set(os.features)
+    return not said and os.loader is not None and os.loader.element.get("secure") == "yes"
+
+
+def _ask(os: Os, path: str | None, *, secure: bool) -> None:
+    """Put in the loader of a request."""
+    loader = os.element.makeelement("loader", {"type": IGVM})
+    if secure:
+        loader.set("secure", "yes")
+    loader.text = path
+    kind = only(os.element, "type")
+    insert(os.element, 0 if kind is None else os.element.index(kind) + 1, loader)
 
 
 def rewrite(

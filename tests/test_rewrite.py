@@ -163,6 +163,31 @@ def test_an_efi_domain_turns_into_an_igvm_one_and_back(path: str | None) -> None
     assert restore(asking).write() == domains.EFI.encode()
 
 
+@pytest.mark.parametrize("path", [None, "/usr/share/igvm/x.igvm"])
+def test_a_secure_loader_stays_wanted(path: str | None) -> None:
+    text = re.sub("(?s)    <firmware>.*</firmware>\n", "", domains.EFI)
+    text = text.replace("secure='no'", "secure='yes'")
+    asking = convert(domain(text), path)
+    request = asking.request()
+    assert request is not None
+    assert (request.path, request.features) == (path, {"requires-smm": True})
+    assert convert(asking, path) is asking
+    rewritten = rewrite(asking, chosen(Platform.SEV)).domain
+    assert rewritten.os.loader is None
+    assert same(as_request(rewritten), asking)
+    assert restore(Domain.parse(rewritten.write())).write() == text.encode()
+    other = convert(rewritten, "/other.igvm").request()
+    assert other is not None
+    assert other.features == {"requires-smm": True}
+
+
+def test_what_libvirt_derived_from_features_is_not_wanted_beside_them() -> None:
+    text = domains.EFI.replace("enabled='no'", "enabled='yes'").replace("='no'", "='yes'")
+    request = convert(domain(text)).request()
+    assert request is not None
+    assert request.features == {"secure-boot": True}
+
+
 @pytest.mark.parametrize(
     "store", ["<varstore/>", "<varstore template='/usr/share/v.json' path='/var/lib/v.json'/>"]
 )
