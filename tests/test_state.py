@@ -64,7 +64,7 @@ def test_the_file_is_named_by_the_uuid_as_libvirt_spells_it(spelled: str) -> Non
     )
 
 
-@pytest.mark.parametrize("uuid", ["", "x", "../../etc/passwd", f"{ID}0", "６" * 32])
+@pytest.mark.parametrize("uuid", [" ", "x", "../../etc/passwd", f"{ID}0", "６" * 32])
 def test_what_is_no_uuid(uuid: str) -> None:
     domain = Domain.parse(XML.replace(ID, uuid).encode())
     with pytest.raises(DomainError, match="no UUID"):

@@ -279,9 +279,9 @@ class Domain:
             DomainError: It is none that libvirt takes.
         """
         element = only(self.root, "uuid")
-        if element is None:
+        if element is None or not element.text:  # libvirt makes one in place of an empty one too
             return None
-        text = (element.text or "").strip()
+        text = element.text.strip()
         digits = text.replace("-", "").lower()
         if not _UUID.fullmatch(digits):
             raise DomainError(
@@ -291,9 +291,11 @@ class Domain:
 
     def add_uuid(self, uuid: str) -> None:
         """Give a domain without UUID one, where libvirt itself puts it."""
-        element = etree.Element("uuid")
+        element = only(self.root, "uuid")
+        if element is None:
+            element = etree.Element("uuid")
+            insert(self.root, _after(self.root, _BEFORE["uuid"]), element)
         element.text = uuid
-        insert(self.root, _after(self.root, _BEFORE["uuid"]), element)
 
     @property
     def os(self) -> Os:

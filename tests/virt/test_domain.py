@@ -48,6 +48,15 @@ def test_vcpus_at_start() -> None:
     assert domain(f"<domain><vcpu>3</vcpu><vcpus>{each}</vcpus></domain>").vcpus == 2
 
 
+def test_an_empty_uuid_is_none_and_is_filled_in() -> None:
+    text = domains.BY_PATH.replace("  <memory", "  <uuid/>\n  <memory")
+    empty = domain(text)
+    assert empty.uuid is None
+    empty.add_uuid("c7a5fdbd-edaf-9455-926a-d65c16db1809")
+    filled = "<uuid>c7a5fdbd-edaf-9455-926a-d65c16db1809</uuid>"
+    assert empty.write().decode() == text.replace("<uuid/>", filled)
+
+
 def test_both_request_forms() -> None:
     assert domain(domains.REQUEST).request() == Request(
         architecture="x86_64",
