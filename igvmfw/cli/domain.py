@@ -30,7 +30,7 @@ from igvmfw.virt.domain import Domain
 from igvmfw.virt.host import Connection, connect
 from igvmfw.virt.record import OnChange
 
-_TAKE_FROM_CATALOGUE = ""
+_TAKE_FROM_CATALOGUE = "\0"  # nothing that can be typed
 _DOMAIN = "its name, UUID, or ID where it runs"
 
 
@@ -38,10 +38,19 @@ def _igvm_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--igvm",
         metavar="[=PATH]",
+        type=_igvm_path,
         help="turn a bios or efi domain into an IGVM one first; --igvm alone has the file chosen, "
         "--igvm=PATH names it",
     )
     optional_value(parser, "--igvm", _TAKE_FROM_CATALOGUE)
+
+
+def _igvm_path(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError(
+            "no path after '=': name a file, or give --igvm alone to have one chosen"
+        )
+    return text
 
 
 def _choice_arguments(parser: argparse.ArgumentParser) -> None:

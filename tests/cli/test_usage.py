@@ -14,6 +14,7 @@ from igvmfw.cli import main
         ("OVMF.igvm", ("no command 'OVMF.igvm'", "see 'igvmfw --help'")),
         ("inspect --jsn x", ("unrecognized arguments: --jsn", "see 'igvmfw inspect --help'")),
         ("define --igvm OVMF.igvm a.xml", ("one argument too many: a.xml", "--igvm=PATH")),
+        ("rewrite --igvm= a.xml", ("--igvm: no path after '='", "see 'igvmfw rewrite --help'")),
         ("check --platform snp x", ("'snp' is not one of native, sev, sev-es, sev-snp",)),
         ("describe --profile a x", ("'a' is not one of upstream, igvmfw",)),
         ("install --into a x", ("'a' is not one of auto, qemu, igvmfw",)),
