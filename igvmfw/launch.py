@@ -27,7 +27,8 @@ class Options:
     Attributes:
         entries: The firmware descriptors, in order of choice.
         root: The root directory that the descriptors' files are in.
-        lock_memory: Let SEV and SEV-ES guests lock their memory.
+        lock_memory: Let SEV and SEV-ES guests lock their memory; None leaves it as recorded.
+        may_lock_memory: Whether libvirt can let them on their host.
         on_change: What a start does when the file is another by then; None leaves it as recorded.
         states: Where guests keep the state of their vTPMs; None when it is not known.
         remote: Whether the domain will run on another host, whose QEMU cannot be asked from here.
@@ -36,7 +37,8 @@ class Options:
 
     entries: Sequence[Entry] = ()
     root: Path = rooted.HOST
-    lock_memory: bool = True
+    lock_memory: bool | None = None
+    may_lock_memory: bool = True
     on_change: OnChange | None = None
     states: Path | None = None
     remote: bool = False
@@ -78,7 +80,12 @@ def prepare(
         )
         domain, state = upkeep.plan_for(domain, choice.platform, candidate.storage, where)
     return rewrite(
-        domain, choice, lock_memory=options.lock_memory, on_change=options.on_change, state=state
+        domain,
+        choice,
+        lock_memory=options.lock_memory,
+        may_lock_memory=options.may_lock_memory,
+        on_change=options.on_change,
+        state=state,
     )
 
 

@@ -110,7 +110,8 @@ def rewrite(
     domain: Domain,
     choice: Choice,
     *,
-    lock_memory: bool = True,
+    lock_memory: bool | None = None,
+    may_lock_memory: bool = True,
     on_change: OnChange | None = None,
     state: State | None = None,
 ) -> Rewritten:
@@ -120,7 +121,8 @@ def rewrite(
         domain: A domain that asks for IGVM firmware, or was rewritten before.
         choice: The file.
         lock_memory: Let a SEV or SEV-ES guest lock its memory, which it needs to start where QEMU
-            runs unprivileged.
+            runs unprivileged; None leaves it as recorded, which is to let it where nothing is.
+        may_lock_memory: Whether libvirt can do so on the guest's host; what is recorded stays.
         on_change: What a start does when the file is another by then; None leaves it as recorded,
             which is to refuse where nothing is.
         state: Where the vTPM in the file keeps its state; None for a file that keeps none.
@@ -146,7 +148,9 @@ def rewrite(
         record.take(Part.REQUEST, "firmware", "loader")
     _undo_needs(result, record)
     changes = [*_state_policy(result, record, choice)]
-    if lock_memory and choice.platform in _PINNED:
+    if lock_memory is None:
+        lock_memory = former.lock_memory if former else True
+    if lock_memory and may_lock_memory and choice.platform in _PINNED:
         changes += _lock_memory(result, record)
     set_file(result, record, argument)
     set_state(result, record, state)
@@ -160,6 +164,7 @@ def rewrite(
             descriptor=choice.descriptor,
             measurement=choice.measurement,
             on_change=on_change or (former.on_change if former else OnChange.REFUSE),
+            lock_memory=lock_memory,
         )
     )
     if result.document.text() == domain.document.text():

@@ -235,6 +235,21 @@ def test_sev_gets_what_it_cannot_start_without() -> None:
     )
 
 
+def test_that_memory_is_not_to_be_locked_is_remembered() -> None:
+    off = rewrite(domain(domains.SEV), chosen(Platform.SEV), lock_memory=False).domain
+    assert rewrite(off, chosen(Platform.SEV)).domain is off
+    on = rewrite(off, chosen(Platform.SEV), lock_memory=True).domain
+    assert same(on, rewrite(domain(domains.SEV), chosen(Platform.SEV)).domain)
+    assert restore(off).write() == domains.SEV.encode()
+
+
+def test_a_host_that_cannot_lock_memory_decides_for_itself_alone() -> None:
+    here = rewrite(domain(domains.SEV), chosen(Platform.SEV), may_lock_memory=False).domain
+    assert here.root.find("memoryBacking") is None
+    elsewhere = rewrite(here, chosen(Platform.SEV)).domain
+    assert same(elsewhere, rewrite(domain(domains.SEV), chosen(Platform.SEV)).domain)
+
+
 @pytest.mark.parametrize(
     "own",
     [

@@ -56,10 +56,10 @@ def _igvm_path(text: str) -> str:
 def _choice_arguments(parser: argparse.ArgumentParser) -> None:
     root_option(parser, "choose among the firmware descriptors and files below DIR")
     parser.add_argument(
-        "--no-lock-memory",
-        dest="lock_memory",
-        action="store_false",
-        help="do not add <memoryBacking><locked/> to SEV and SEV-ES guests",
+        "--lock-memory",
+        action=argparse.BooleanOptionalAction,
+        help="add <memoryBacking><locked/> to SEV and SEV-ES guests, or do not (default: as "
+        "recorded in the domain, else add it)",
     )
     parser.add_argument(
         "--on-change",
@@ -210,7 +210,7 @@ def _edit(args: argparse.Namespace) -> int:
         with editing(shown, what) as text:
             while True:
                 edited = text.edited(limit=MAX_BYTES)
-                if edited == shown:
+                if edited == shown and args.on_change is None and args.lock_memory is None:
                     note(f"Domain '{args.domain}' was not changed")
                     return 0
                 try:

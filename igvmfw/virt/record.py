@@ -5,7 +5,7 @@ libvirt keeps one top element per namespace in `<metadata>` and does not look in
 
     <igvmfw:domain xmlns:igvmfw='urn:igvmfw:domain:1' made='metadata commandline' policy='0x3'>
       <igvmfw:file path='…' sha256='…' platform='sev' descriptor='…' measurement='…'
-                   on-change='warn'/>
+                   on-change='warn' lock-memory='no'/>
       <igvmfw:state interface='virtio-blk-mmio' size='8388608' path='…' template='…'
                     planes='yes'/>
       <igvmfw:request firmware='igvm'>
@@ -17,8 +17,9 @@ libvirt keeps one top element per namespace in `<metadata>` and does not look in
 `request` holds what was taken out of `<os>` so that libvirt accepts the domain, `before` what was
 there when the domain still had bios or efi firmware; `made` names the elements that igvmfw added,
 `policy` the guest policy that it filled in; `on-change` stands only where a changed file shall not
-stop a start.  `state` is where the vTPM in the file keeps its state; it has no path where its
-interface is one that QEMU does not have.
+stop a start, `lock-memory` only where igvmfw shall not lock the guest's memory.  `state` is where
+the vTPM in the file keeps its state; it has no path where its interface is one that QEMU does not
+have.
 """
 
 import re
@@ -70,6 +71,7 @@ class File:
         descriptor: File name of the firmware descriptor that it was chosen by.
         measurement: The launch digest to expect, hexadecimal.
         on_change: What a start does when the content is another.
+        lock_memory: Whether igvmfw is to lock the guest's memory where that is needed.
     """
 
     path: str
@@ -78,6 +80,7 @@ class File:
     descriptor: str | None = None
     measurement: str | None = None
     on_change: OnChange = OnChange.REFUSE
+    lock_memory: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +153,7 @@ class Record:
         measurement = element.get("measurement")
         platform = element.get("platform")
         on_change = element.get("on-change", OnChange.REFUSE)
+        lock_memory = element.get("lock-memory", "yes")
         if (
             not path
             or len(sha256) != 64
@@ -157,6 +161,7 @@ class Record:
             or (measurement is not None and not _HEX.fullmatch(measurement))
             or platform not in tuple(Platform)
             or on_change not in tuple(OnChange)
+            or lock_memory not in ("yes", "no")
         ):
             raise _damaged(element)
         return File(
@@ -166,6 +171,7 @@ class Record:
             descriptor=element.get("descriptor"),
             measurement=measurement,
             on_change=OnChange(on_change),
+            lock_memory=lock_memory == "yes",
         )
 
     def set_file(self, file: File) -> None:
@@ -177,13 +183,11 @@ class Record:
             "descriptor": file.descriptor,
             "measurement": file.measurement,
             "on-change": file.on_change if file.on_change is not OnChange.REFUSE else None,
+            "lock-memory": None if file.lock_memory else "no",
         }
         element = self._part("file", first=True)
         for name, value in values.items():
-            if value is not None:
-                element.set(name, value)
-            elif name in element.attrib:
-                del element.attrib[name]
+            _set(element, name, value)
 
     @property
     def state(self) -> State | None:

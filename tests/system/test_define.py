@@ -122,6 +122,18 @@ def test_edit_without_a_change_stores_nothing(
     assert kept(embed_root) == before
 
 
+def test_edit_with_an_option_and_no_other_change(
+    defined: str, monkeypatch: pytest.MonkeyPatch, embed_root: Path
+) -> None:
+    monkeypatch.setenv("EDITOR", "touch")
+    for option in ("--on-change=warn", "--no-lock-memory"):
+        result = igvmfw("edit", "-c", defined, option, "guest")
+        assert (result.code, result.out) == (0, "Domain 'guest' edited\n"), result.err
+    file = recorded(Domain.parse(kept(embed_root)))
+    assert file is not None
+    assert (file.on_change, file.lock_memory) == (OnChange.WARN, False)
+
+
 @pytest.mark.parametrize(
     ("editor", "code", "words"),
     [
@@ -214,22 +226,23 @@ def test_an_interrupt_is_the_editors(defined: str, embed_root: Path, tmp_path: P
     assert Domain.parse(kept(embed_root)).memory == 512 << 20
 
 
-def test_what_a_changed_file_does_outlives_a_new_definition(
+def test_what_was_chosen_by_an_option_outlives_a_new_definition(
     defined: str, monkeypatch: pytest.MonkeyPatch, embed_root: Path, tmp_path: Path
 ) -> None:
     """The request does not show it."""
     xml = tmp_path / "shown.xml"
     xml.write_text(igvmfw("dumpxml", "-c", defined, "guest").out)
     for words, expected in (
-        (("--on-change", "warn"), OnChange.WARN),
-        ((), OnChange.WARN),
-        (("--on-change", "refuse"), OnChange.REFUSE),
-        ((), OnChange.REFUSE),
+        (("--on-change", "warn"), (OnChange.WARN, True)),
+        ((), (OnChange.WARN, True)),
+        (("--on-change", "refuse", "--no-lock-memory"), (OnChange.REFUSE, False)),
+        ((), (OnChange.REFUSE, False)),
+        (("--lock-memory",), (OnChange.REFUSE, True)),
     ):
         assert igvmfw("define", "-c", defined, *words, xml).code == 0
         file = recorded(Domain.parse(kept(embed_root)))
         assert file is not None
-        assert file.on_change is expected
+        assert (file.on_change, file.lock_memory) == expected
 
 
 def test_undefine(defined: str, embed_root: Path) -> None:
