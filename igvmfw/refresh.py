@@ -312,7 +312,7 @@ def _plan_file(plan: _Plan, path: str, info: os.stat_result) -> None:
             tags=(UPSTREAM_TAG,) if plan.profile is Profile.UPSTREAM else (),
         )
     except IgvmfwError as error:
-        # its frames would keep the file mapped, and open, as long as the error
+        # its frames would keep the file's content as long as the error
         error.__context__ = None
         plan.problems.append(error.with_traceback(None))
         # of the class itself is what `files` says of reading; what was read has one below it
