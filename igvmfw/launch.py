@@ -1,5 +1,6 @@
 """From a domain that asks for IGVM firmware to a guest, through libvirt."""
 
+import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
@@ -132,7 +133,9 @@ def read(candidate: Candidate, request: Request, domain: Domain) -> Choice:
                 sha256=hashlib.sha256(content).hexdigest(),
                 memory=domain.memory,
             )
-            return dataclasses.replace(choice, measurement=_measurement(image, choice, domain))
+            return dataclasses.replace(
+                choice, measurement=_measurement(image, choice.platform, domain)
+            )
         except IgvmfwError as error:
             if error.where is None or not error.where.startswith(candidate.path):
                 error.within(candidate.path)
@@ -359,27 +362,55 @@ def recorded(domain: Domain) -> File | None:
     return None if record is None else record.file
 
 
+def started(connection: Connection, domain: Domain) -> File | None:
+    """The IGVM file of a domain as it is now, with the launch digest for its vCPUs of now.
+
+    Both may differ from what was recorded: vCPUs can be edited, a changed file may be allowed.
+
+    Args:
+        connection: Where the domain is.
+        domain: What libvirt has of it.
+    Returns:
+        None for a domain that was not rewritten; without digest where the file cannot be read.
+    Raises:
+        DomainError: igvmfw's record in the domain is damaged.
+    """
+    file = recorded(domain)
+    if file is None:
+        return None
+    if not connection.is_remote:
+        with contextlib.suppress(IgvmfwError), files.mapped(file.path) as content:
+            image = IgvmFile.parse(content)
+            sha256 = hashlib.sha256(content).hexdigest()
+            measurement = _measurement(image, file.platform, domain)
+            return dataclasses.replace(file, sha256=sha256, measurement=measurement)
+    return dataclasses.replace(file, measurement=None)
+
+
 def check_start(
     connection: Connection, domain: Domain, *, warn: Callable[[str], None] = lambda message: None
 ) -> None:
     """See that a prepared domain can be started, as libvirt's hook does.
 
-    On another host nothing can be looked at; libvirt and QEMU there find out.
+    On another host only the domain itself can be looked at; libvirt and QEMU there find out.
 
     Args:
         connection: Where the domain is to run.
         domain: What `prepare` gave, or what libvirt has of it.
         warn: Gets what does not stop the start.
     Raises:
-        RefusedError: The file changed, QEMU would not take it, the host cannot do the platform, or
+        RefusedError: QEMU would get another file, the guest's platform or policy is another
+            since, the file changed, QEMU would not take it, the host cannot do the platform, or
             the vTPM's state is not the domain's.
         InputError: The file is missing, unreadable or damaged, or the domain's record is, or the
             vTPM's state is missing.
         EmulatorError: The emulator does not take IGVM files, or cannot give the vTPM its state.
     """
-    if recorded(domain) is None:
+    file = recorded(domain)
+    if file is None:
         return
     if connection.is_remote:
+        preflight.check_domain(domain, file)
         upkeep.check(domain, here=False)
         return
     emulator = domain.emulator
@@ -395,11 +426,11 @@ def check_start(
         raise
 
 
-def _measurement(image: IgvmFile, choice: Choice, domain: Domain) -> str | None:
-    if choice.platform not in MEASURED:
+def _measurement(image: IgvmFile, platform: Platform, domain: Domain) -> str | None:
+    if platform not in MEASURED:
         return None
     try:
-        return launch_digest(image, choice.platform, vcpus=domain.vcpus).hex()
+        return launch_digest(image, platform, vcpus=domain.vcpus).hex()
     except UsageError:
         return None  # depends on the CPU model of the host that will run it
 

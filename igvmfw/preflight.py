@@ -22,6 +22,7 @@ from igvmfw.machine import check_host
 from igvmfw.platforms import Platform
 from igvmfw.qemu.acceptance import ANY_RELEASE
 from igvmfw.qemu.emulator import may_run, probe
+from igvmfw.select import DEFAULT_POLICY, check_policy
 from igvmfw.virt.domain import Domain
 from igvmfw.virt.record import File, OnChange, Record
 
@@ -104,8 +105,9 @@ def check_start(
         emulator: The QEMU that a domain gets which names none; None where that is not known.
         cache: What was found before; None looks at everything anew.
     Raises:
-        RefusedError: QEMU would get another file or none, or other firmware beside it; the file
-            changed, QEMU would not take it, or the host cannot do the platform.
+        RefusedError: QEMU would get another file or none, or other firmware beside it; the guest's
+            platform or policy is another since; the file changed, QEMU would not take it, or the
+            host cannot do the platform.
         InputError: The file is missing, unreadable or damaged, or the domain's record is, or the
             state of its vTPM is missing.
         EmulatorError: The emulator does not take IGVM files, or cannot give the vTPM its state.
@@ -114,10 +116,8 @@ def check_start(
     file = None if record is None else record.file
     if file is None:
         return
-    _check_given(domain, file)
+    platform = check_domain(domain, file)
     upkeep.check(domain)
-    security = domain.security
-    platform = Platform.NATIVE if security is None else security.platform
     check_host(platform, root)
     with files.mapped(file.path) as content:
         try:
@@ -126,6 +126,9 @@ def check_start(
             raise error.within(file.path) from None
         sha256 = hashlib.sha256(content).hexdigest()
         _check_change(domain, file, sha256, warn)
+        if platform in DEFAULT_POLICY:
+            policy = None if domain.security is None else domain.security.policy
+            check_policy(policy, image, platform, file.path)
         path = domain.emulator or emulator
         judged = _Judged(
             image=image,
@@ -136,6 +139,31 @@ def check_start(
             emulator=None if path is None else Path(path),
         )
         judged.check(cache)
+
+
+def check_domain(domain: Domain, file: File) -> Platform:
+    """See that a domain is still the one that a file was chosen for; nothing is opened.
+
+    Args:
+        domain: The domain.
+        file: What its record says.
+    Returns:
+        The guest's platform.
+    Raises:
+        RefusedError: QEMU would get another file or none, or other firmware beside it, or the
+            guest's platform is another.
+    """
+    _check_given(domain, file)
+    security = domain.security
+    platform = Platform.NATIVE if security is None else security.platform
+    if platform is not file.platform:
+        raise RefusedError(
+            f"the IGVM file of {domain.name} was chosen for {file.platform}, the guest is now "
+            f"{platform}",
+            where="<launchSecurity>",
+            hint="put <launchSecurity> back, or define the domain again with igvmfw",
+        )
+    return platform
 
 
 def _check_given(domain: Domain, file: File) -> None:

@@ -263,15 +263,23 @@ def _describe(request: Request) -> str:
     return ", ".join(words)
 
 
-def _policy(request: Request, image: IgvmFile, platform: Platform, path: str) -> int | None:
-    if platform not in DEFAULT_POLICY:
-        return None
+def check_policy(policy: int | None, image: IgvmFile, platform: Platform, path: str) -> int | None:
+    """The guest policy that a file states, which has to be the domain's, where both state one.
+
+    Args:
+        policy: The domain's; None where it states none.
+        image: The file.
+        platform: What the guest takes from it.
+        path: The file's path, for the message.
+    Raises:
+        RefusedError: They differ, or the file's is none of the platform.
+    """
     stated = file_policy(image, platform)
     if stated is None:
-        return request.policy if request.policy is not None else DEFAULT_POLICY[platform]
-    if request.policy is not None and request.policy != stated:
+        return None
+    if policy is not None and policy != stated:
         raise RefusedError(
-            f"the domain's guest policy is 0x{request.policy:x}, the file's is 0x{stated:x}",
+            f"the domain's guest policy is 0x{policy:x}, the file's is 0x{stated:x}",
             where=path,
             hint="remove <policy> to take the file's, or choose another file",
         )
@@ -285,6 +293,15 @@ def _policy(request: Request, image: IgvmFile, platform: Platform, path: str) ->
             hint="make the file anew with a fitting policy",
         )
     return stated
+
+
+def _policy(request: Request, image: IgvmFile, platform: Platform, path: str) -> int | None:
+    if platform not in DEFAULT_POLICY:
+        return None
+    stated = check_policy(request.policy, image, platform, path)
+    if stated is not None:
+        return stated
+    return request.policy if request.policy is not None else DEFAULT_POLICY[platform]
 
 
 def _check_memory(image: IgvmFile, platform: Platform, memory: int | None, path: str) -> None:

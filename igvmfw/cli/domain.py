@@ -20,6 +20,7 @@ from igvmfw.launch import (
     fetch,
     recorded,
     start,
+    started,
     undefine,
 )
 from igvmfw.manager import prepare
@@ -28,7 +29,7 @@ from igvmfw.state import recorded as state_of
 from igvmfw.virt.document import MAX_BYTES
 from igvmfw.virt.domain import Domain
 from igvmfw.virt.host import Connection, connect
-from igvmfw.virt.record import OnChange
+from igvmfw.virt.record import File, OnChange
 
 _TAKE_FROM_CATALOGUE = "\0"  # nothing that can be typed
 _DOMAIN = "its name, UUID, or ID where it runs"
@@ -135,7 +136,7 @@ def _define(args: argparse.Namespace) -> int:
             return _print_xml(rewritten)
         _report(rewritten)
         name = _define_checked(connection, rewritten, validate=args.validate)
-    _done(args, rewritten.domain, name, "defined")
+    _done(args, rewritten.domain, name, "defined", recorded(rewritten.domain))
     return 0
 
 
@@ -162,7 +163,7 @@ def _create(args: argparse.Namespace) -> int:
             return _print_xml(rewritten)
         _report(rewritten)
         name = create(connection, rewritten.domain, paused=args.paused, validate=args.validate)
-    _done(args, rewritten.domain, name, "created")
+    _done(args, rewritten.domain, name, "created", recorded(rewritten.domain))
     return 0
 
 
@@ -187,7 +188,9 @@ def _start(args: argparse.Namespace) -> int:
             force_boot=args.force_boot,
             warn=warn,
         )
-    _done(args, domain, domain.name or args.domain, "started")
+        # the digest takes a while, and is shown in JSON alone
+        file = started(connection, domain) if args.json else recorded(domain)
+    _done(args, domain, domain.name or args.domain, "started", file)
     return 0
 
 
@@ -377,8 +380,9 @@ def _print_xml(rewritten: Rewritten) -> int:
     return 0
 
 
-def _done(args: argparse.Namespace, domain: Domain, name: str, verb: str) -> None:
-    file = recorded(domain)
+def _done(
+    args: argparse.Namespace, domain: Domain, name: str, verb: str, file: File | None
+) -> None:
     if args.json:
         igvm = file and {
             "path": file.path,

@@ -235,14 +235,14 @@ def test_a_host_without_the_platform(daemon: Daemon, sev: Path) -> None:
     assert "KVM has sev_es=N (turn it on in the BIOS and for kvm_amd, or start" in said
 
 
-def test_a_file_without_the_guests_platform(daemon: Daemon, sev: Path) -> None:
+def test_a_platform_that_was_edited_away(daemon: Daemon, sev: Path) -> None:
     text = daemon.virsh("dumpxml", "--inactive", "guest").out
     edited = sev.with_name("edited.xml")
     edited.write_text(text.replace("<policy>0x0005</policy>", "<policy>0x0001</policy>"))
     assert daemon.virsh("define", edited).code == 0
     said = refused(daemon)
-    assert f"{sev}: QEMU 10.2 would not launch this sev guest: the file has no platform sev" in said
-    assert said.endswith("(use a file made for sev)")
+    assert "IGVM file of guest was chosen for sev-es, the guest is now sev" in said
+    assert said.endswith("(put <launchSecurity> back, or define the domain again with igvmfw)")
 
 
 def test_a_file_that_qemu_refuses_for_this_guest(daemon: Daemon, sev: Path) -> None:

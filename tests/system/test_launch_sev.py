@@ -1,5 +1,7 @@
 """SEV and SEV-ES guests from an IGVM file: real libvirt, real QEMU, a stand-in for the host."""
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -130,3 +132,60 @@ def test_virsh_sees_an_ordinary_domain(
     )
     assert virsh.returncode == 0, virsh.stderr
     assert sev_emulator.wait_for("measure").policy == 1
+
+
+def change(uri: str, directory: Path, old: str, new: str) -> None:
+    """Change what libvirt has of the guest, as `virsh edit` would."""
+    words = ["virsh", "-q", "-c", uri]
+    shown = subprocess.run(
+        [*words, "dumpxml", "--inactive", "guest"], capture_output=True, text=True, check=True
+    ).stdout
+    changed = re.sub(old, new, shown, flags=re.S)
+    assert changed != shown
+    (directory / "changed.xml").write_text(changed)
+    subprocess.run([*words, "define", directory / "changed.xml"], check=True)
+
+
+@pytest.fixture
+def protected(uri: str, sev_emulator: SevEmulator, ovmf: Path, tmp_path: Path) -> Path:
+    """The file of a SEV-ES guest that is defined as `guest`; plain guests could take it, too."""
+    words = ("--platform", "native", "--platform", "sev-es", "--vcpus", "2")
+    file = wrap(ovmf, tmp_path / "es.igvm", *words, "--policy", "sev-es=0x7")
+    xml = tmp_path / "guest.xml"
+    xml.write_text(domain(sev_emulator.path, file, vcpus=2, security=security("0x7")))
+    defined = igvmfw("define", "-c", uri, xml)
+    assert defined.code == 0, defined.err
+    return file
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("<launchSecurity.*</launchSecurity>", "", "chosen for sev-es, the guest is now native"),
+        ("0x0007", "0x0003", "chosen for sev-es, the guest is now sev"),
+        ("0x0007", "0x0004", "the domain's guest policy is 0x4, the file's is 0x7"),
+    ],
+)
+def test_a_guest_with_less_protection_than_was_defined_does_not_start(
+    uri: str, protected: Path, tmp_path: Path, old: str, new: str, said: str
+) -> None:
+    change(uri, tmp_path, old, new)
+    result = igvmfw("start", "-c", uri, "--paused", "guest")
+    assert (result.code, result.out) == (1, "")
+    assert said in result.err
+    assert "define" in result.err or "<policy>" in result.err
+
+
+@pytest.mark.parametrize("vcpus", [2, 3])
+def test_the_digest_that_start_shows_is_of_the_vcpus_that_start(
+    uri: str, sev_emulator: SevEmulator, protected: Path, tmp_path: Path, vcpus: int
+) -> None:
+    if vcpus == 3:
+        change(uri, tmp_path, "(<vcpu[^>]*>)2<", r"\g<1>3<")
+    result = igvmfw("start", "-c", uri, "--paused", "--json", "guest")
+    assert result.code == 0, result.err
+    shown = json.loads(result.out)["igvm"]["measurement"]
+    launched = sev_emulator.wait_for("measure").digest
+    assert launched is not None
+    # the third's registers are not the file's, but follow from the processor
+    assert shown == (launched.hex() if vcpus == 2 else None)
