@@ -3,7 +3,7 @@
 QEMU merges several `-machine` options, so libvirt's own stays as it is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from igvmfw.errors import DomainError, RefusedError
@@ -16,6 +16,19 @@ from igvmfw.virt.record import Record, State
 OBJECT_TYPE = "igvm-cfg"
 OBJECT_ID = "igvm0"
 _MACHINE_VALUE = f"{OBJECT_TYPE}={OBJECT_ID}"
+_FIRMWARE = "the IGVM file brings the firmware"
+_PROTECTION = "<launchSecurity> says how the guest is protected"
+# properties of a machine that its guest's IGVM file leaves no place for, or is judged by
+_MACHINE_KEYS = {
+    "pflash0": _FIRMWARE,
+    "pflash1": _FIRMWARE,
+    "firmware": _FIRMWARE,
+    "confidential-guest-support": _PROTECTION,
+    "memory-encryption": _PROTECTION,
+    "smp.cpus": "<vcpu> says for how many the file is judged and measured",
+    "memory": "<memory> says for how much the file is judged",
+    "memory.size": "<memory> says for how much the file is judged",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +38,9 @@ class _Argument:
     option: str
     value: str
     position: int
+
+    def __str__(self) -> str:
+        return f"{self.option} {self.value}"
 
 
 def object_argument(path: str) -> str:
@@ -50,34 +66,79 @@ def state_arguments(state: State | None) -> tuple[str, ...]:
 
 
 def check_arguments(domain: Domain, *, ours: bool) -> None:
-    """Refuse what QEMU does not take beside an IGVM file.
+    """Refuse what QEMU does not take beside an IGVM file, or by which it gets another guest.
+
+    QEMU takes the later word: what stands here wins over libvirt's own, by which a file is judged.
 
     Args:
         domain: The domain.
         ours: Whether igvmfw put an IGVM file there before.
     Raises:
-        RefusedError: Firmware of another kind, or another IGVM file, is named there.
+        RefusedError: Firmware of another kind, another IGVM file, or what the domain's own
+            elements say in another way, is named there.
     """
-    conflicts = {"-bios", "-pflash"}
     for argument in _arguments(domain):
-        option, value = argument.option, argument.value
-        if option in conflicts or (option == "-drive" and ("if", "pflash") in parse(value)):
+        if _names_igvm(argument):
+            if ours and _is_ours(argument):
+                continue
             raise RefusedError(
-                f"{option} {value} in <qemu:commandline> beside IGVM firmware",
-                hint=f"remove {option}: the IGVM file brings the firmware",
-            )
-        if option == "-machine":
-            keys = {key for key, _ in parse(value)} & {"pflash0", "pflash1", "firmware"}
-            if keys:
-                raise RefusedError(
-                    f"{option} {value} in <qemu:commandline> beside IGVM firmware",
-                    hint=f"remove {', '.join(sorted(keys))}: the IGVM file brings the firmware",
-                )
-        if _names_igvm(argument) and not (ours and _is_ours(argument)):
-            raise RefusedError(
-                f"{option} {value} in <qemu:commandline> names an IGVM file already",
+                f"{argument} in <qemu:commandline> names an IGVM file already",
                 hint="remove it there: igvmfw puts it in",
             )
+        remedy = _remedy(argument, domain.os.machine)
+        if remedy is not None:
+            raise RefusedError(
+                f"{argument} in <qemu:commandline> beside IGVM firmware", hint=remedy
+            )
+
+
+def _remedy(argument: _Argument, machine: str | None) -> str | None:
+    """What to do about a word that cannot stay; None for one that can."""
+    option, value = argument.option, argument.value
+    options = parse(value)
+    if option == "-readconfig":
+        return f"remove {option}: QEMU would take any option from there, another IGVM file too"
+    if option == "-machine":
+        return _machine_remedy(options, machine)
+    if option == "-object":
+        if ("id", OBJECT_ID) in options:
+            return f"give it another id: {OBJECT_ID} is the IGVM file's"
+        if value.startswith("{") and not options:
+            # QEMU's JSON has strings in single quotes, too
+            return "write it in JSON that others than QEMU read: it could name another IGVM file"
+    if option == "-smp" and _sets(options, "cpus"):
+        return f"remove {option}: <vcpu> says for how many the file is judged and measured"
+    if option == "-m" and _sets(options, "size"):
+        return f"remove {option}: <memory> says for how much the file is judged"
+    flash = option == "-drive" and ("if", "pflash") in options
+    flash = flash or (option == "-set" and value.startswith("drive.") and ".if=pflash" in value)
+    if flash or option in ("-bios", "-pflash"):
+        return f"remove {option}: the IGVM file brings the firmware"
+    return None
+
+
+def _sets(options: list[tuple[str, str]], key: str) -> bool:
+    """Whether a key has a value, which may come without it where it is the first."""
+    return any(name == key for name, _ in options) or any(
+        not name and value for name, value in options[:1]
+    )
+
+
+def _machine_remedy(options: list[tuple[str, str]], machine: str | None) -> str | None:
+    for name, value in options:
+        key = _machine_key(name)
+        if key in _MACHINE_KEYS:
+            return f"remove {name}: {_MACHINE_KEYS[key]}"
+        if key == "type" and value != machine:
+            return f"remove {value}: <type machine='…'> says which machine the guest has"
+    if options and not options[0][0] and options[0][1] not in ("", machine):
+        return f"remove {options[0][1]}: <type machine='…'> says which machine the guest has"
+    return None
+
+
+def _machine_key(name: str) -> str:
+    """A machine's property as it is called; QEMU takes underscores for hyphens."""
+    return name.replace("_", "-")
 
 
 def set_file(domain: Domain, record: Record, value: str) -> None:
@@ -115,8 +176,8 @@ def set_state(domain: Domain, record: Record, state: State | None) -> None:
     if wanted != former or None in places:
         _remove_pairs(domain, former)
         if wanted:
-            _check_no_disk(domain)
             domain.add_arguments(*wanted)
+    check_disk(domain, state)
     record.set_state(state)
 
 
@@ -145,8 +206,38 @@ def gives_file(domain: Domain, path: str) -> bool:
 
 
 def has_state(domain: Domain, state: State) -> bool:
-    """Whether QEMU is given exactly this state of a vTPM."""
+    """Whether QEMU is given exactly this state of a vTPM, as far as igvmfw's words go."""
     return all(_find(domain, *pair) is not None for pair in _pairs(state_arguments(state)))
+
+
+def check_disk(domain: Domain, state: State | None) -> None:
+    """Refuse words of others that concern the disk of a vTPM: QEMU takes the later ones.
+
+    Args:
+        domain: The domain.
+        state: What igvmfw's own words there are for; None for a domain without such a disk.
+    Raises:
+        RefusedError: There are such words.
+    """
+    left = list(_pairs(state_arguments(state)))
+    machine = {svsmdisk.SLOTS, svsmdisk.PLANE}
+    machine |= {key for option, value in left if option == "-machine" for key, _ in parse(value)}
+    if not left:
+        return
+    for argument in _arguments(domain):
+        pair = (argument.option, argument.value)
+        if pair in left:
+            left.remove(pair)
+        elif _concerns_disk(argument, machine):
+            raise RefusedError(
+                f"{argument} in <qemu:commandline> is for the state of a vTPM already",
+                hint="remove it there: igvmfw puts in what the firmware's descriptor asks for",
+            )
+        elif argument.option == "-snapshot":
+            raise RefusedError(
+                "-snapshot in <qemu:commandline> has QEMU forget what a vTPM writes to its state",
+                hint="remove it; <transient/> does so for a single disk",
+            )
 
 
 def _pairs(arguments: tuple[str, ...]) -> Iterator[tuple[str, str]]:
@@ -169,20 +260,27 @@ def _remove_pairs(domain: Domain, arguments: tuple[str, ...]) -> None:
             remove(elements[position])
 
 
-def _check_no_disk(domain: Domain) -> None:
-    for argument in _arguments(domain):
-        options = parse(argument.value)
-        names = {
-            "-drive": ("id", svsmdisk.STORAGE_ID) in options,
-            "-device": ("drive", svsmdisk.STORAGE_ID) in options,
-            "-machine": any(key == svsmdisk.SLOTS for key, _ in options),
-        }
-        if names.get(argument.option):
-            raise RefusedError(
-                f"{argument.option} {argument.value} in <qemu:commandline> is for the state of a "
-                "vTPM already",
-                hint="remove it there: igvmfw puts in what the firmware's descriptor asks for",
-            )
+def _concerns_disk(argument: _Argument, machine: Collection[str]) -> bool:
+    """Whether a word is about the disk, or about these properties of the machine."""
+    option, value = argument.option, argument.value
+    options = parse(value)
+    match option:
+        case "-drive":
+            return ("id", svsmdisk.STORAGE_ID) in options
+        case "-blockdev":
+            return ("node-name", svsmdisk.STORAGE_ID) in options
+        case "-device":
+            return ("drive", svsmdisk.STORAGE_ID) in options
+        case "-machine":
+            return any(_machine_key(key) in machine for key, _ in options)
+        case "-set":
+            return value.startswith(f"drive.{svsmdisk.STORAGE_ID}.")
+        case "-global":
+            name = svsmdisk.TRANSPORT.partition("=")[0]
+            driver, _, key = name.partition(".")
+            named = {("driver", driver), ("property", key)} <= set(options)
+            return value != svsmdisk.TRANSPORT and (named or value.startswith(f"{name}="))
+    return False
 
 
 def _arguments(domain: Domain) -> Iterator[_Argument]:
@@ -198,7 +296,9 @@ def _names_igvm(argument: _Argument) -> bool:
     options = parse(argument.value)
     if argument.option == "-object":
         return ("", OBJECT_TYPE) in options[:1] or ("qom-type", OBJECT_TYPE) in options
-    return argument.option == "-machine" and any(key == OBJECT_TYPE for key, _ in options)
+    return argument.option == "-machine" and any(
+        _machine_key(key) == OBJECT_TYPE for key, _ in options
+    )
 
 
 def _is_ours(argument: _Argument) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from igvmfw import cocoonfs
-from igvmfw.commandline import has_state
+from igvmfw.commandline import check_disk, has_state
 from igvmfw.errors import DomainError, IgvmfwError, RefusedError, UsageError
 from igvmfw.qemu import svsmdisk
 from igvmfw.qemu.descriptor import StorageInterface, VtpmStorage
@@ -86,7 +86,7 @@ def check_domain(domain: Domain, state: State) -> None:
         state: What its record says.
     Raises:
         EmulatorError: The firmware asks for what QEMU does not have.
-        RefusedError: It is another domain's, or QEMU is not given it.
+        RefusedError: It is another domain's, QEMU is not given it, or is told more of it.
     """
     svsmdisk.check_interface(state.interface)
     again = "define the domain again: igvmfw dumpxml NAME | igvmfw define -"
@@ -105,6 +105,7 @@ def check_domain(domain: Domain, state: State) -> None:
             where=state.path,
             hint=again,
         )
+    check_disk(domain, state)
 
 
 def check_emulator(

@@ -1,5 +1,6 @@
 """Which file a domain's state is, and what becomes of the domain."""
 
+import dataclasses
 import os
 import re
 from pathlib import Path
@@ -130,13 +131,39 @@ def test_other_firmware_takes_the_disk_along_or_away() -> None:
         ("-M", "q35,x-svsm-virtio-mmio=off"),
         ("-drive", "if=none,id=svsm_storage,file=/x"),
         ("-device", "virtio-blk-device,drive=svsm_storage"),
+        ("-blockdev", "driver=file,filename=/x,node-name=svsm_storage"),
+        ("-M", "device_plane=1"),
+        ("-set", "drive.svsm_storage.file=/x"),
+        ("--set", "drive.svsm_storage.snapshot=on"),
+        ("-global", "virtio-mmio.force-legacy=true"),
+        ("-global", "driver=virtio-mmio,property=force-legacy,value=on"),
     ],
 )
 def test_a_disk_of_the_users_own(words: tuple[str, str]) -> None:
     with pytest.raises(RefusedError, match="is for the state of a vTPM already"):
         rewrite(asking(*words), CHOICE, state=STATE)
+    # nor beside igvmfw's own words, before or behind them
+    own = rewrite(asking(), CHOICE, state=STATE).domain
+    own.add_arguments(*words)
+    with pytest.raises(RefusedError, match="is for the state of a vTPM already"):
+        check_domain(own, STATE)
+    with pytest.raises(RefusedError, match="is for the state of a vTPM already"):
+        rewrite(own, CHOICE, state=STATE)
     # firmware that asks for none leaves it to the user
     assert words[1] in rewrite(asking(*words), CHOICE).domain.arguments
+
+
+def test_a_state_that_would_be_forgotten() -> None:
+    with pytest.raises(RefusedError, match="-snapshot in <qemu:commandline> has QEMU forget"):
+        rewrite(asking("-snapshot"), CHOICE, state=STATE)
+
+
+def test_the_interrupt_controller_is_the_planes_alone() -> None:
+    words = ("-machine", "kernel-irqchip=on")
+    rewrite(asking(*words), CHOICE, state=STATE)
+    planes = dataclasses.replace(STATE, planes=True)
+    with pytest.raises(RefusedError, match="is for the state of a vTPM already"):
+        rewrite(asking(*words), CHOICE, state=planes)
 
 
 def test_arguments_that_someone_changed() -> None:

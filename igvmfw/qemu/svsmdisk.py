@@ -17,6 +17,8 @@ from igvmfw.qemu.options import file_value
 STORAGE_ID = "svsm_storage"
 SLOTS = "x-svsm-virtio-mmio"  # machine property: the slots for the SVSM's own devices
 PLANE = "device-plane"  # machine property, where devices belong to a plane (VMPL) of the guest
+# virtio-mmio speaks virtio 0.9 by default, which the SVSM's driver does not
+TRANSPORT = "virtio-mmio.force-legacy=false"
 
 
 def arguments(path: str, *, planes: bool = False) -> tuple[str, ...]:
@@ -34,8 +36,7 @@ def arguments(path: str, *, planes: bool = False) -> tuple[str, ...]:
         machine += f",kernel-irqchip=split,{PLANE}=2"
         device += ",plane=0"
     drive = f"file={file_value(path)},format=raw,if=none,id={STORAGE_ID},cache=none"
-    # virtio-mmio speaks virtio 0.9 by default, which the SVSM's driver does not
-    slots = ("-machine", machine, "-global", "virtio-mmio.force-legacy=false")
+    slots = ("-machine", machine, "-global", TRANSPORT)
     return (*slots, "-drive", drive, "-device", device)
 
 
