@@ -95,7 +95,7 @@ def _choose(
 ) -> tuple[Candidate, Choice]:
     """The first that matches, with its file read; for plain guests, the first that is for them."""
     unfit: PlatformError | None = None
-    for candidate in candidates(request, options.entries, sev_es=sev_es):
+    for candidate in candidates(request, options.entries, sev_es=sev_es, root=options.root):
         if candidate.descriptor is not None:
             path = rooted.resolve(options.root, candidate.path)
             candidate = dataclasses.replace(candidate, path=str(path))

@@ -4,6 +4,7 @@ A package build or an image has absolute links that mean its own files, not the 
 them with the host's root would read, or write, the wrong files.
 """
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -77,6 +78,21 @@ def real(root: Path, path: Path | str) -> Path:
 
 def _steps(path: Path | str) -> list[str]:
     return [step for step in str(path).split("/") if step not in ("", ".")]
+
+
+def is_same(root: Path, path: str, other: str) -> bool:
+    """Whether a file named inside `root` is one of the host, however either is spelled.
+
+    Args:
+        root: The other root directory.
+        path: The path as seen inside it.
+        other: A path of the host.
+    """
+    if root == HOST and path == other:
+        return True
+    with contextlib.suppress(InputError):  # a loop of links leads to no file
+        return os.path.realpath(resolve(root, path)) == os.path.realpath(other)
+    return False
 
 
 def inner(root: Path, path: Path | str) -> str:

@@ -6,7 +6,9 @@ caller has read.  Only a confirmed choice can be put into a domain.
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+from igvmfw import rooted
 from igvmfw.errors import NoFirmwareError, PlatformError, RefusedError
 from igvmfw.igvm.headers import GuestPolicy, RequiredMemory
 from igvmfw.igvm.image import IgvmFile
@@ -89,22 +91,35 @@ def platforms(request: Request, *, sev_es: bool | None = None) -> tuple[Platform
     return (Platform.SEV, Platform.SEV_ES)
 
 
-def choose(request: Request, entries: Iterable[Entry], *, sev_es: bool | None = None) -> Candidate:
+def choose(
+    request: Request,
+    entries: Iterable[Entry],
+    *,
+    sev_es: bool | None = None,
+    root: Path = rooted.HOST,
+) -> Candidate:
     """The file that a domain names, or that of the first descriptor that matches.
 
     Args:
         request: What the domain asks for.
         entries: The catalogue, in order of choice.
         sev_es: Whether the host has SEV-ES; None when that is not known.
+        root: The root directory that the descriptors' files are in; a file that the domain names
+            is the host's.
     Raises:
         NoFirmwareError: No descriptor matches; each candidate is named with its reasons.
-        RefusedError: The domain names a file whose descriptor contradicts the domain's features.
+        RefusedError: The domain names a file, and each descriptor of it contradicts the domain's
+            features.
     """
-    return next(candidates(request, entries, sev_es=sev_es))
+    return next(candidates(request, entries, sev_es=sev_es, root=root))
 
 
 def candidates(
-    request: Request, entries: Iterable[Entry], *, sev_es: bool | None = None
+    request: Request,
+    entries: Iterable[Entry],
+    *,
+    sev_es: bool | None = None,
+    root: Path = rooted.HOST,
 ) -> Iterator[Candidate]:
     """What `choose` gives, and where that turns out not to be for the guest's platform, the next.
 
@@ -115,13 +130,15 @@ def candidates(
         request: What the domain asks for.
         entries: The catalogue, in order of choice.
         sev_es: Whether the host has SEV-ES; None when that is not known.
+        root: The root directory that the descriptors' files are in; a file that the domain names
+            is the host's.
     Raises:
         NoFirmwareError: No further descriptor matches; each is named with its reasons.
         RefusedError: As of `choose`.
     """
     acceptable = platforms(request, sev_es=sev_es)
     if request.path is not None:
-        yield _named(request, request.path, entries, acceptable)
+        yield _named(request, request.path, entries, acceptable, root)
         return
     rejected: list[str] = []
     for entry in entries:
@@ -217,29 +234,47 @@ def file_policy(image: IgvmFile, platform: Platform) -> int | None:
 
 
 def _named(
-    request: Request, path: str, entries: Iterable[Entry], acceptable: tuple[Platform, ...]
+    request: Request,
+    path: str,
+    entries: Iterable[Entry],
+    acceptable: tuple[Platform, ...],
+    root: Path,
 ) -> Candidate:
+    """The file that the domain names, with what a descriptor of it says; one with storage first."""
+    found: list[Descriptor] = []
+    refusal: RefusedError | None = None
     for entry in entries:
         descriptor = entry.descriptor
         if entry.state is not State.AVAILABLE or descriptor is None:
             continue
-        if descriptor.mapping.filename != path:
+        if not rooted.is_same(root, descriptor.mapping.filename, path):
             continue
-        for name, wanted in request.features.items():
-            if wanted != (name in descriptor.features):
-                raise RefusedError(
-                    f"the domain {'wants' if wanted else 'refuses'} the firmware feature {name}, "
-                    f"which {path} {'lacks' if wanted else 'has'}",
-                    where=str(entry.path),
-                    hint="change <feature>, or name another file",
-                )
-        return Candidate(
-            path=path,
-            platforms=acceptable,
-            features=descriptor.features,
-            storage=_storage(descriptor),
+        contradicted = _contradicted(request, descriptor)
+        if contradicted is None:
+            found.append(descriptor)
+            continue
+        wanted = request.features[contradicted]
+        refusal = refusal or RefusedError(
+            f"the domain {'wants' if wanted else 'refuses'} the firmware feature {contradicted}, "
+            f"which {path} {'lacks' if wanted else 'has'}",
+            where=str(entry.path),
+            hint="change <feature>, or name another file",
         )
+    if found:
+        # firmware that keeps a state loses it where it is given no storage
+        best = next((one for one in found if _storage(one) is not None), found[0])
+        return Candidate(
+            path=path, platforms=acceptable, features=best.features, storage=_storage(best)
+        )
+    if refusal is not None:
+        raise refusal
     return Candidate(path=path, platforms=acceptable)
+
+
+def _contradicted(request: Request, descriptor: Descriptor) -> str | None:
+    """The first feature that a domain asks for otherwise than a descriptor has it."""
+    asked = request.features.items()
+    return next((name for name, wanted in asked if wanted != (name in descriptor.features)), None)
 
 
 def _storage(descriptor: Descriptor) -> VtpmStorage | None:

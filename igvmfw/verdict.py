@@ -6,7 +6,9 @@ The choice itself is `igvmfw.select.candidates`'; this only explains it, entry b
 import contextlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from igvmfw import rooted
 from igvmfw.errors import NoFirmwareError
 from igvmfw.qemu.catalog import Entry, match
 from igvmfw.select import Candidate, candidates, platforms, unfit_reason, wanted_of
@@ -41,19 +43,26 @@ class Judgement:
     verdicts: tuple[Verdict, ...]
 
 
-def judge(request: Request, entries: Sequence[Entry], *, unfit: Collection[str] = ()) -> Judgement:
+def judge(
+    request: Request,
+    entries: Sequence[Entry],
+    *,
+    unfit: Collection[str] = (),
+    root: Path = rooted.HOST,
+) -> Judgement:
     """Explain a choice.
 
     Args:
         request: What the domain asks for.
         entries: The catalogue, in order of choice.
         unfit: File names of descriptors whose file was read, and is not for the guest's platform.
+        root: The root directory that the descriptors' files are in.
     Raises:
-        RefusedError: The domain names a file whose descriptor contradicts it.
+        RefusedError: The domain names a file, and each descriptor of it contradicts the domain.
     """
     candidate = None
     with contextlib.suppress(NoFirmwareError):
-        found = candidates(request, entries)
+        found = candidates(request, entries, root=root)
         candidate = next(candidate for candidate in found if candidate.descriptor not in unfit)
     verdicts = []
     decided = False

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from igvmfw.errors import InputError
-from igvmfw.rooted import HOST, inner, resolve
+from igvmfw.rooted import HOST, inner, is_same, resolve
 
 
 def test_links_stay_inside(tmp_path: Path) -> None:
@@ -75,3 +75,17 @@ def test_what_lies_above_a_link_is_what_the_kernel_says(tmp_path: Path) -> None:
     assert inner(tmp_path, named) == "/there/file"
     assert inner(HOST, f"{tmp_path}/link/..") == f"{tmp_path}/there"
     assert inner(HOST, f"{tmp_path}/link/./x") == f"{tmp_path}/link/x"
+
+
+def test_one_file_in_several_spellings(tmp_path: Path) -> None:
+    (tmp_path / "dir").mkdir()
+    (tmp_path / "dir/file").touch()
+    (tmp_path / "link").symlink_to("/dir")
+    (tmp_path / "loop").symlink_to("loop")
+    for path in ("/dir/file", "/link/file", "/dir/../link/./file"):
+        assert is_same(tmp_path, path, f"{tmp_path}/dir/file")
+        assert is_same(tmp_path, path, f"{tmp_path}/dir/../dir/file")
+    assert not is_same(tmp_path, "/dir/file", "/dir/file")  # of the host
+    assert not is_same(tmp_path, "/loop/file", f"{tmp_path}/dir/file")
+    assert is_same(HOST, "/nowhere/file", "/nowhere/../nowhere/file")
+    assert not is_same(HOST, "/nowhere/file", "/nowhere/other")

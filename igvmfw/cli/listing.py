@@ -206,7 +206,7 @@ def _list_for_domain(args: argparse.Namespace) -> int:
         )
     found = load(search_path(args.root, user=args.user), args.root)
     rows = _take(found, args)
-    judgement = judge(request, found.entries, unfit=_unfit(request, rows))
+    judgement = judge(request, found.entries, unfit=_unfit(request, rows), root=args.root)
     _warn(found, args)
     problem = _file_problem(judgement.candidate, request, domain, args)
     shown = [

@@ -124,13 +124,38 @@ def test_a_file_that_the_domain_names_has_its_descriptors_storage(
     rewrite: Rewrite, root: Path
 ) -> None:
     file = root / "svsm.igvm"
+    (root / "link").symlink_to(".")
     named = CHOSEN.replace(" firmware='igvm'", "").replace(
         "</os>", f"<loader type='igvm'>{file}</loader></os>"
     )
     text = XML.format(os=named, emulator="/q", security="")
+    for spelled in (root, root / "link", root / "usr/.."):
+        other = text.replace(str(file), f"{spelled}/svsm.igvm")
+        made, _ = rewrite(other)
+        assert recorded(made) is not None
+        assert f"igvm-cfg,id=igvm0,file={spelled}/svsm.igvm" in made.arguments
+    write_descriptor(root, STORAGE, "/other.igvm")
     assert recorded(rewrite(text)[0]) is None
-    write_descriptor(root, STORAGE, str(file))
+    write_descriptor(root, STORAGE, "/link/svsm.igvm")
     assert recorded(rewrite(text)[0]) is not None
+
+
+def test_a_file_with_several_descriptors_has_the_storage_of_one(
+    rewrite: Rewrite, root: Path
+) -> None:
+    """Neither the order of files nor one that contradicts the domain takes a state away."""
+    feature = "<firmware><feature enabled='yes' name='vtpm'/></firmware>"
+    named = CHOSEN.replace(" firmware='igvm'", "").replace(
+        "</os>", f"{feature}<loader type='igvm'>{root}/svsm.igvm</loader></os>"
+    )
+    own = root / "usr/share/qemu/firmware/50-svsm.json"
+    plain = json.loads(own.read_text())
+    del plain["mapping"]["x-vtpm-storage"]
+    for name, features in (("10-a", []), ("20-b", ["vtpm"])):
+        own.with_name(f"{name}.json").write_text(json.dumps(plain | {"features": features}))
+    made, said = rewrite(XML.format(os=named, emulator="/q", security=""))
+    assert recorded(made) is not None
+    assert "cannot be checked" not in said
 
 
 def test_a_second_tpm_is_named(rewrite: Rewrite) -> None:
