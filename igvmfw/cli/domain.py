@@ -55,7 +55,11 @@ def _igvm_path(text: str) -> str:
 
 
 def _choice_arguments(parser: argparse.ArgumentParser) -> None:
-    root_option(parser, "choose among the firmware descriptors and files below DIR")
+    root_option(
+        parser,
+        "choose among the firmware descriptors and files below DIR; a file that the domain names "
+        "is this host's",
+    )
     parser.add_argument(
         "--lock-memory",
         action=argparse.BooleanOptionalAction,

@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from igvmfw import files, rooted
+from igvmfw import files
 from igvmfw.cli import Command
 from igvmfw.cli.options import one_of, root_option
 from igvmfw.cli.output import emit, emit_folded, emit_json, one_line, warn, width
@@ -15,7 +15,7 @@ from igvmfw.install import FIRST_TOLERANT_LIBVIRT, find_libvirt
 from igvmfw.inventory import FileState, Row, take
 from igvmfw.platforms import Platform
 from igvmfw.qemu.catalog import QEMU_DIRECTORY, Catalog, State, load, search_path
-from igvmfw.qemu.descriptor import Descriptor, IgvmMapping
+from igvmfw.qemu.descriptor import VtpmStorage
 from igvmfw.report import payload_dict, payload_text, size_text
 
 if TYPE_CHECKING:  # lxml is for --for alone
@@ -45,7 +45,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--for",
         dest="domain",
         metavar="DOMAIN.xml",
-        help="which one this domain would get, and why not each other one; - is standard input",
+        help="which one this domain would get, and why not each other one; - is standard input; a "
+        "file that the domain names is this host's, also with --root",
     )
     parser.add_argument(
         "--all",
@@ -208,7 +209,8 @@ def _list_for_domain(args: argparse.Namespace) -> int:
     rows = _take(found, args)
     judgement = judge(request, found.entries, unfit=_unfit(request, rows), root=args.root)
     _warn(found, args)
-    problem = _file_problem(judgement.candidate, request, domain, args)
+    candidate = judgement.candidate
+    problem = _problem(candidate, domain, found, args)
     shown = [
         (row, verdict)
         for row, verdict in zip(rows, judgement.verdicts, strict=True)
@@ -218,15 +220,16 @@ def _list_for_domain(args: argparse.Namespace) -> int:
         document = _document([row for row, _ in shown], found)
         for described, (_, verdict) in zip(document["firmware"], shown, strict=True):
             described |= {"chosen": verdict.chosen, "reasons": list(verdict.reasons)}
-        emit_json(document | {"file": _path(judgement.candidate), "file_problem": problem})
+        emit_json(document | {"file": _path(candidate), "file_problem": problem})
     else:
         for _, verdict in shown:
-            emit_folded(one_line(_verdict_line(verdict)))
-        if judgement.candidate is not None and request.path is not None:
-            emit_folded(one_line(f"* {request.path}: named by the domain"))
+            emit_folded(one_line(_verdict_line(verdict, candidate)))
+        if candidate is not None and request.path is not None:
+            storage = _storage(candidate.storage)
+            emit_folded(one_line(f"* {request.path}: named by the domain{storage}"))
     if problem is not None:
         warn(problem)
-    return 1 if judgement.candidate is None or problem is not None else 0
+    return 1 if candidate is None or problem is not None else 0
 
 
 def _unfit(request: "Request", rows: Sequence[Row]) -> set[str]:
@@ -243,22 +246,21 @@ def _unfit(request: "Request", rows: Sequence[Row]) -> set[str]:
     }
 
 
-def _file_problem(
-    candidate: "Candidate | None", request: "Request", domain: "Domain", args: argparse.Namespace
+def _problem(
+    candidate: "Candidate | None", domain: "Domain", found: Catalog, args: argparse.Namespace
 ) -> str | None:
-    """Why the chosen file would be refused, as `define` would."""
-    from dataclasses import replace
-
-    from igvmfw.launch import read
+    """Why the domain would be refused with the chosen file, as `rewrite` would."""
+    from igvmfw.launch import Options, prepare
+    from igvmfw.virt.keeping import state_directory
 
     if candidate is None:
         return "no descriptor matches the domain; 'igvmfw install FILE' adds one"
+    options = Options(entries=found.entries, root=args.root, states=state_directory(None))
     try:
-        path = candidate.path
-        if candidate.descriptor is not None:
-            path = str(rooted.resolve(args.root, path))
-        read(replace(candidate, path=path), request, domain)
+        prepare(domain, options)
     except IgvmfwError as error:
+        if error.where is None or error.where.startswith(("line ", "<")):
+            error.within("standard input" if args.domain == files.STDIN else args.domain)
         return str(error)
     return None
 
@@ -267,20 +269,16 @@ def _path(candidate: "Candidate | None") -> str | None:
     return None if candidate is None else candidate.path
 
 
-def _storage(descriptor: Descriptor) -> str:
-    mapping = descriptor.mapping
-    if not isinstance(mapping, IgvmMapping) or mapping.vtpm_storage is None:
+def _storage(storage: VtpmStorage | None) -> str:
+    if storage is None:
         return ""
-    storage = mapping.vtpm_storage
     return f", keeps its vTPM's state: {storage.interface}, {size_text(storage.size_bytes)}"
 
 
-def _verdict_line(verdict: "Verdict") -> str:
-    descriptor = verdict.entry.descriptor
-    if verdict.chosen and descriptor is not None:
-        return (
-            f"* {verdict.entry.name}: chosen, {descriptor.mapping.filename}{_storage(descriptor)}"
-        )
+def _verdict_line(verdict: "Verdict", candidate: "Candidate | None") -> str:
+    if verdict.chosen and candidate is not None:
+        storage = _storage(candidate.storage)
+        return f"* {verdict.entry.name}: chosen, {candidate.path}{storage}"
     return f"  {verdict.entry.name}: {'; '.join(verdict.reasons)}"
 
 

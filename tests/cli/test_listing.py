@@ -162,6 +162,51 @@ def test_list_for_a_domain_that_names_its_file(run: Run, root: Path, tmp_path: P
     assert (code, out) == (0, f"* {file_in(root)}: named by the domain\n")
 
 
+def test_a_file_that_the_domain_names_is_the_hosts(run: Run, root: Path, tmp_path: Path) -> None:
+    """Where QEMU will open it; `rewrite --root` takes it so, too."""
+    named = domain(
+        tmp_path / "x", firmware="<loader type='igvm'>/usr/share/igvm/ovmf-sev.igvm</loader>"
+    )
+    assert (root / "usr/share/igvm/ovmf-sev.igvm").exists()
+    for words in (["list", "--for"], ["rewrite"]):
+        code, _, err = run(*words, named, "--root", root)
+        assert code != 0
+        assert "/usr/share/igvm/ovmf-sev.igvm: cannot read: No such file" in err
+
+
+KERNEL = "<kernel>/vmlinuz</kernel>"
+HASHES = "<launchSecurity type='sev' kernelHashes='yes'><policy>0x1</policy></launchSecurity>"
+BIOS = """<qemu:commandline xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
+<qemu:arg value='-bios'/><qemu:arg value='/x'/></qemu:commandline>"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("type='kvm'", "type='xen'", "a domain of type 'xen' cannot take an IGVM file"),
+        (">hvm<", ">xen<", "a guest of type 'xen' and architecture x86_64 cannot take"),
+        ("</os>", f"{KERNEL}</os>{HASHES}", "QEMU cannot add the hashes"),
+        ("'kvm'>", f"'qemu'>{SEV.format(policy=1)}", "launchSecurity needs KVM"),
+        ("</domain>", f"{BIOS}</domain>", "-bios /x in <qemu:commandline> beside IGVM firmware"),
+    ],
+)
+def test_list_for_a_domain_that_rewrite_refuses(
+    run: Run, root: Path, tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    run("install", "--root", root, file_in(root))
+    xml = domain(tmp_path / "refused.xml")
+    xml.write_text(xml.read_text().replace(old, new, 1))
+    code, out, err = run("list", "--root", root, "--for", xml)
+    refused, _, said = run("rewrite", "--root", root, xml)
+    assert (code, refused) == (1, 1)
+    assert "* 65-ovmf-sev.json: chosen" in out
+    assert err.replace("warning", "error") == said
+    assert err.startswith(f"igvmfw: warning: {xml}: ")
+    assert message in err
+    _, out, _ = run("list", "--json", "--root", root, "--for", xml)
+    assert checked(out, "list")["file_problem"]
+
+
 @pytest.mark.parametrize(
     ("text", "code", "message"),
     [

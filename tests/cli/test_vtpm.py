@@ -188,3 +188,14 @@ def test_list_shows_it(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     xml.write_text(XML.format(os=CHOSEN, emulator="/q", security=""))
     assert main(["list", "--root", str(root), "--for", str(xml)]) == 0
     assert "/svsm.igvm, keeps its vTPM's state: virtio-blk-mmio, 8 MiB" in capsys.readouterr().out
+    file = root / "svsm.igvm"
+    named = CHOSEN.replace("</os>", f"<loader type='igvm'>{file}</loader></os>")
+    xml.write_text(XML.format(os=named, emulator="/q", security=""))
+    assert main(["list", "--root", str(root), "--for", str(xml)]) == 0
+    assert (
+        f"* {file}: named by the domain, keeps its vTPM's state: virtio-blk-mmio, 8 MiB"
+        in capsys.readouterr().out
+    )
+    write_descriptor(root, STORAGE | {"format": "qcow2"})
+    assert main(["list", "--root", str(root), "--for", str(xml)]) == 1
+    assert "asks for vTPM state in the format 'qcow2'" in capsys.readouterr().err
