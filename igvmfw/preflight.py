@@ -109,7 +109,7 @@ def check_start(
             platform or policy is another since; the file changed, QEMU would not take it, or the
             host cannot do the platform.
         InputError: The file is missing, unreadable or damaged, or the domain's record is, or the
-            state of its vTPM is missing.
+            state of its vTPM is missing or empty.
         EmulatorError: The emulator does not take IGVM files, or cannot give the vTPM its state.
     """
     record = Record.find(domain)
@@ -117,7 +117,7 @@ def check_start(
     if file is None:
         return
     platform = check_domain(domain, file)
-    upkeep.check(domain)
+    upkeep.check(domain, warn=warn)
     check_host(platform, root)
     with files.mapped(file.path) as content:
         try:

@@ -139,3 +139,34 @@ def missing(path: str, name: str | None, *, where: str = "") -> IgvmfwError:
         hint="put it back from a backup, or begin with a new one: igvmfw dumpxml NAME | igvmfw "
         "define -",
     )
+
+
+def check_size(state: State, size: int, name: str | None) -> str | None:
+    """See that a vTPM's state has not lost what was in it.
+
+    One that is smaller than recorded may be whole: it stays as it is where the firmware's
+    descriptor asks for more later.
+
+    Args:
+        state: What the domain's record says.
+        size: The file's, in bytes.
+        name: The domain's name.
+    Returns:
+        A warning, where the file is smaller than recorded.
+    Raises:
+        DomainError: The file is empty.
+    """
+    if size == 0:
+        raise DomainError(
+            f"the state of {name or 'the domain'}'s vTPM is empty",
+            where=state.path,
+            hint="put it back from a backup, or remove it and begin with a new one: igvmfw "
+            "dumpxml NAME | igvmfw define -",
+        )
+    if size >= state.size:
+        return None
+    return (
+        f"{state.path}: the state of {name or 'the domain'}'s vTPM has {size} bytes, recorded are "
+        f"{state.size}: unless the descriptor asked for less when it was made, it was cut "
+        "short: put it back from a backup"
+    )

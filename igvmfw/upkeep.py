@@ -3,6 +3,7 @@
 import contextlib
 import os
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,17 +130,20 @@ def make(connection: Connection, domain: Domain) -> Path | None:
     return path if made else None
 
 
-def check(domain: Domain, *, here: bool = True) -> None:
+def check(
+    domain: Domain, *, here: bool = True, warn: Callable[[str], None] = lambda message: None
+) -> None:
     """See that a rewritten domain's vTPM has its state, before a guest is started.
 
     Args:
         domain: The domain.
         here: Whether it runs on this host; what lies on another, or where this user may not look,
             cannot be seen.
+        warn: Gets what does not stop a start.
     Raises:
         EmulatorError: The firmware asks for what no QEMU has.
         RefusedError: QEMU is not given the domain's own state, or it is no file.
-        DomainError: The state is missing, or the record is damaged.
+        DomainError: The state is missing or empty, or the record is damaged.
     """
     kept = state.recorded(domain)
     if kept is None:
@@ -149,8 +153,12 @@ def check(domain: Domain, *, here: bool = True) -> None:
     if not here or kept.path is None:
         return
     with contextlib.suppress(PermissionError):
-        if statefile.look(Path(kept.path)) is None:
+        info = statefile.look(Path(kept.path))
+        if info is None:
             raise state.missing(kept.path, domain.name)
+        problem = state.check_size(kept, info.st_size, domain.name)
+        if problem is not None:
+            warn(problem)
 
 
 def check_emulator(domain: Domain, path: Path) -> None:

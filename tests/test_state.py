@@ -13,7 +13,7 @@ from igvmfw.platforms import Platform
 from igvmfw.qemu.descriptor import StorageInterface, VtpmStorage
 from igvmfw.rewrite import as_request, restore, rewrite
 from igvmfw.select import Choice
-from igvmfw.state import check_domain, plan, recorded
+from igvmfw.state import check_domain, check_size, plan, recorded
 from igvmfw.virt.domain import Domain
 from igvmfw.virt.keeping import owner, state_directory
 from igvmfw.virt.record import State
@@ -176,6 +176,14 @@ def test_arguments_that_someone_changed() -> None:
     dropped = re.sub("<qemu:arg value='-drive'/>\\s*<qemu:arg value='file=[^>]*>", "", text)
     mended = rewrite(Domain.parse(dropped.encode()), CHOICE, state=STATE).domain
     check_domain(mended, STATE)
+
+
+def test_a_state_that_lost_what_was_in_it() -> None:
+    for size in (STATE.size, STATE.size + 1):
+        assert check_size(STATE, size, "guest") is None
+    assert f"has 4096 bytes, recorded are {8 << 20}" in (check_size(STATE, 4096, "guest") or "")
+    with pytest.raises(DomainError, match="guest's vTPM is empty"):
+        check_size(STATE, 0, "guest")
 
 
 def test_whose_state_it_is() -> None:

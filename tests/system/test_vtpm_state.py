@@ -348,6 +348,23 @@ def test_a_start_without_its_state_is_refused(host: Host) -> None:
     assert target.stat().st_size == SIZE
 
 
+def test_a_state_that_was_cut_short(host: Host) -> None:
+    assert host.define(domain(host.qemu, id_=ID)).code == 0
+    state = host.state(ID)
+    os.truncate(state, 0)
+    refused = host.run("start", "--paused", "guest")
+    assert (refused.code, refused.out) == (3, "")
+    assert f"{state}: the state of guest's vTPM is empty (put it back from a backup" in refused.err
+    # what is there is never replaced
+    again = host.define(host.run("dumpxml", "guest").out)
+    assert "warning: the domain will not start" in again.err
+    assert state.stat().st_size == 0
+    os.truncate(state, SIZE // 2)
+    started = host.run("start", "--paused", "guest")
+    assert started.code == 0, started.err
+    assert f"guest's vTPM has {SIZE // 2} bytes, recorded are {SIZE}: " in started.err
+
+
 def test_a_clone_does_not_get_the_others_state(host: Host) -> None:
     assert host.define(domain(host.qemu, id_=ID)).code == 0
     clone = host.work / "clone.xml"
