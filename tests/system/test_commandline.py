@@ -14,11 +14,11 @@ from igvmfw.preflight import check_domain
 from igvmfw.rewrite import rewrite
 from igvmfw.select import Choice
 from igvmfw.state import check_domain as check_state
-from igvmfw.virt.document import canonical
 from igvmfw.virt.domain import Domain
 from igvmfw.virt.record import File, Record, State
 from tests.igvm import samples
 from tests.system.guests import domain
+from tests.virt.choices import canonical
 
 ID = "6ecf0a42-5b5b-4c0b-9d5e-1f1f0a9e0001"
 DISK = "svsm_storage"
