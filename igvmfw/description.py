@@ -59,7 +59,7 @@ def describe_file(
     except OSError:
         info = None  # opening it gives the better error
     try:
-        with files.mapped(real) as data:
+        with files.content_of(real) as data:
             image = IgvmFile.parse(data)
             payloads = [identify(image, platform) for platform in image.supported]
             facts = [find_facts(firmware_image(image, platform)) for platform in image.supported]

@@ -30,7 +30,7 @@ def _input_error(path: str, error: OSError) -> InputError:
 
 
 @contextlib.contextmanager
-def mapped(path: Path | str) -> Iterator[memoryview]:
+def content_of(path: Path | str) -> Iterator[memoryview]:
     """The content of a file, read-only, for use inside the `with` block.
 
     It is read, as nothing that happens to the file later can harm the process then, and takes no

@@ -40,7 +40,7 @@ def load_image(path: Path | str, *, lenient: bool = False) -> IgvmFile:
             it is read.
         IgvmError: It breaks a rule of the format (when lenient: it has no fixed header).
     """
-    with files.mapped(path) as content:
+    with files.content_of(path) as content:
         try:
             return IgvmFile.parse(content, lenient=lenient)
         except IgvmfwError as error:

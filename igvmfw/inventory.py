@@ -80,7 +80,7 @@ def _row(entry: Entry, root: Path) -> Row:
     try:
         path = rooted.resolve(root, name)
         info = os.stat(path)
-        with files.mapped(path) as data:
+        with files.content_of(path) as data:
             return _look(entry, descriptor, data, info)
     except FileNotFoundError:
         problem = f"{name} does not exist"

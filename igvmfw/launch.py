@@ -122,7 +122,7 @@ def read(candidate: Candidate, request: Request, domain: Domain) -> Choice:
         PlatformError: It does not have the guest's platform.
         RefusedError: It is not for this guest.
     """
-    with files.mapped(candidate.path) as content:
+    with files.content_of(candidate.path) as content:
         try:
             image = IgvmFile.parse(content)
             check_platform(candidate, image)  # before the file is hashed
@@ -379,7 +379,7 @@ def started(connection: Connection, domain: Domain) -> File | None:
     if file is None:
         return None
     if not connection.is_remote:
-        with contextlib.suppress(IgvmfwError), files.mapped(file.path) as content:
+        with contextlib.suppress(IgvmfwError), files.content_of(file.path) as content:
             image = IgvmFile.parse(content)
             sha256 = hashlib.sha256(content).hexdigest()
             measurement = _measurement(image, file.platform, domain)

@@ -119,7 +119,7 @@ def check_start(
     platform = check_domain(domain, file)
     upkeep.check(domain, warn=warn)
     check_host(platform, root)
-    with files.mapped(file.path) as content:
+    with files.content_of(file.path) as content:
         try:
             image = IgvmFile.parse(content)
         except IgvmfwError as error:

@@ -207,7 +207,7 @@ def _fill(fd: int, size: int, initial: bytes, template: Path | None) -> None:
     if template is None:
         _write(fd, memoryview(initial))
         return
-    with files.mapped(template) as content:
+    with files.content_of(template) as content:
         if len(content) > size:
             raise RefusedError(
                 f"the template has {len(content)} bytes, the descriptor's size-bytes is {size}",

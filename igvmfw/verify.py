@@ -230,7 +230,7 @@ def verify(
     """
     launch = inquire(connection, name)
     path = path or _given_file(connection, launch.domain)
-    with files.mapped(path) as content:
+    with files.content_of(path) as content:
         try:
             image = IgvmFile.parse(content)
             if image.find_platform(launch.platform) is None:

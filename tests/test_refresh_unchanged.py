@@ -181,14 +181,14 @@ def test_a_change_while_it_is_read_shows_next_time(
     place: Place, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = make("usr/share/igvm/a.igvm")
-    real = files.mapped
+    real = files.content_of
 
     # written between the look at its time and its being read
     def meanwhile(path: Path | str) -> AbstractContextManager[memoryview]:
         os.utime(file, ns=(7, 7))
         return real(path)
 
-    monkeypatch.setattr(files, "mapped", meanwhile)
+    monkeypatch.setattr(files, "content_of", meanwhile)
     run(place)
     monkeypatch.undo()
     assert kinds(run(place)) == {"70-igvm-a.json": Kind.WRITE}

@@ -10,7 +10,7 @@ from igvmfw.cli.image import count
 from igvmfw.cli.options import one_of
 from igvmfw.cli.output import emit_folded, emit_json, warn
 from igvmfw.errors import IgvmfwError, UsageError
-from igvmfw.files import mapped
+from igvmfw.files import content_of
 from igvmfw.findings import Finding, Guest
 from igvmfw.igvm.image import IgvmFile
 from igvmfw.platforms import Platform
@@ -46,7 +46,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def _check(args: argparse.Namespace) -> int:
     qemu = _release(args)
     guest = Guest(vcpus=args.vcpus, memory=args.memory << 20 if args.memory else None)
-    with mapped(args.file) as data:
+    with content_of(args.file) as data:
         try:
             image = IgvmFile.parse(data)
             platforms = args.platform or list(image.supported)

@@ -22,7 +22,7 @@ from igvmfw.cli.output import (
 from igvmfw.cli.progress import progress
 from igvmfw.cli.workers import each
 from igvmfw.errors import IgvmfwError, InputError, OutputError, UsageError
-from igvmfw.files import STDIN, mapped, write_output
+from igvmfw.files import STDIN, content_of, write_output
 from igvmfw.igvm.image import IgvmFile
 from igvmfw.platforms import Platform
 
@@ -94,7 +94,7 @@ def _look(args: argparse.Namespace, name: str) -> _Seen:
     from igvmfw.report import inspection, inspection_text, page_runs
 
     try:
-        with mapped(name) as data:
+        with content_of(name) as data:
             image = IgvmFile.parse(data, lenient=args.lenient)
             payload = find_payload(image)
             code = 3 if image.problems else 0
@@ -144,7 +144,7 @@ def _keep_image(name: str) -> None:
     """See that a picture replaces no IGVM file, whatever its name ends in."""
     from igvmfw.kinds import IGVM, kind_of
 
-    with contextlib.suppress(InputError), mapped(name) as there:  # mostly there is nothing
+    with contextlib.suppress(InputError), content_of(name) as there:  # mostly there is nothing
         if kind_of(there) is IGVM:
             raise UsageError(
                 f"--map {name}: the picture would replace an IGVM file", hint="give it another name"
@@ -201,7 +201,7 @@ def _measure(args: argparse.Namespace) -> int:
     from igvmfw.qemu.cpus import signature
 
     cpu = signature(args.cpu) if args.cpu else None
-    with progress("measuring", args.file), mapped(args.file) as data:
+    with progress("measuring", args.file), content_of(args.file) as data:
         try:
             image = IgvmFile.parse(data)
             platform = args.platform or _only_platform(image)
@@ -302,10 +302,10 @@ def _wrap(args: argparse.Namespace) -> int:
     if args.firmware == STDIN and args.vars == STDIN:
         raise UsageError("firmware and variable store cannot both be standard input")
     _keep_inputs(f"-o {args.output}: the IGVM file", args.output, args.firmware, args.vars)
-    with progress("wrapping", args.firmware), mapped(args.firmware) as firmware:
+    with progress("wrapping", args.firmware), content_of(args.firmware) as firmware:
         variables = b""
         if args.vars:
-            with mapped(args.vars) as view:
+            with content_of(args.vars) as view:
                 variables = bytes(view)
         try:
             result = wrap(

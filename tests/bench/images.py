@@ -22,9 +22,9 @@ from tests.testbed.cache import printed
 CPU = "EPYC-v4"
 PARSE = """
 import sys
-from igvmfw.files import mapped
+from igvmfw.files import content_of
 from igvmfw.igvm.image import IgvmFile
-with mapped(sys.argv[1]) as data:
+with content_of(sys.argv[1]) as data:
     IgvmFile.parse(data)
 """
 CHAIN = "its hashes alone"

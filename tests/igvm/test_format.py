@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from igvmfw.errors import IgvmError
-from igvmfw.files import mapped
+from igvmfw.files import content_of
 from igvmfw.igvm.builder import ImageBuilder
 from igvmfw.igvm.headers import (
     HEADERS,
@@ -101,7 +101,7 @@ def test_data_behind_the_headers_may_be_anything() -> None:
 def test_what_is_read_does_not_change(tmp_path: Path) -> None:
     path = tmp_path / "small.igvm"
     path.write_bytes(FILES["native"])
-    with mapped(path) as view, path.open("r+b") as file:
+    with content_of(path) as view, path.open("r+b") as file:
         file.write(b"other")
         file.flush()
         assert view == FILES["native"]
@@ -119,7 +119,7 @@ def test_a_large_file_costs_its_headers_only(tmp_path: Path) -> None:
     path.write_bytes(data)
     del data
     tracemalloc.start()
-    with mapped(path) as view:
+    with content_of(path) as view:
         image = IgvmFile.parse(view)
         assert len(image.content) == size
     peak = tracemalloc.get_traced_memory()[1]
