@@ -16,7 +16,7 @@ _MAX_TEXT = 1 << 19  # characters of all files; Debian's rules for guests have 4
 _PER_FILE = 1 << 11  # that each counts for beside its own: there can be thousands of empty ones
 _MAX_NAME = 4096  # PATH_MAX
 _MAX_NESTING = 50  # of alternatives, as AppArmor's parser has it
-_MAX_WORK = 1 << 22  # steps of all comparisons, a few seconds
+_MAX_WORK = 1 << 20  # steps of all comparisons, about a second
 _INCLUDE = r"\#?include(?:[ \t]+if[ \t]+exists)?[ \t]+(?:<(?P<name>[^>\n]*)>|(?P<other>[^ \t\n]+))"
 _TOKEN = re.compile(
     rf"""(?P<include>{_INCLUDE})
