@@ -10,9 +10,9 @@ SEV-SNP firmware ABI, section 8.17.2, PAGE_INFO (a chain of SHA-384).
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from enum import StrEnum
-from itertools import count, repeat
+from itertools import count
 from typing import NamedTuple
 
 from igvmfw.errors import RefusedError, UsageError
@@ -163,7 +163,7 @@ def stated_digest(image: IgvmFile) -> bytes | None:
 
 _DIGEST = 48  # bytes of a SHA-384
 _PAGE_KIND = Layout("HBBI")  # PAGE_INFO between its two digests and its address
-_PAGE_INFO_SIZE = 2 * _DIGEST + _PAGE_KIND.size + 8  # bytes
+_PAGE_INFO = Layout(f"{_DIGEST}s{_DIGEST}s{_PAGE_KIND.size}sQ")
 
 
 def _snp_digest(image: IgvmFile, vcpus: int, signature: int | None, vmm: Vmm) -> bytes:
@@ -174,29 +174,27 @@ def _snp_digest(image: IgvmFile, vcpus: int, signature: int | None, vmm: Vmm) ->
     """
     if vmm is Vmm.QEMU:
         _check_order(image)
-    sha384, join, content = hashlib.sha384, b"".join, image.content
+    sha384, pack, content = hashlib.sha384, _PAGE_INFO.pack, image.content
     digest = nothing = bytes(_DIGEST)
     known = {0: sha384(ZERO_PAGE).digest()}
     for update in launch_updates(image, Platform.SEV_SNP, vmm):
-        contents: Iterable[bytes] = repeat(nothing, len(update.offsets))
-        if update.page_type.measured:
-            for offset in dict.fromkeys(update.offsets):
-                if offset not in known:
-                    known[offset] = sha384(content[offset : offset + PAGE_SIZE]).digest()
-            contents = map(known.__getitem__, update.offsets)
-        kind = _page_kind(update.page_type)
-        for gpa, page in zip(count(update.gpa, PAGE_SIZE), contents, strict=False):
-            digest = sha384(join((digest, page, kind, gpa.to_bytes(8, "little")))).digest()
+        kind, measured = _page_kind(update.page_type), update.page_type.measured
+        for gpa, offset in zip(count(update.gpa, PAGE_SIZE), update.offsets, strict=False):
+            page = known.get(offset) if measured else nothing
+            if page is None:
+                page = known[offset] = sha384(content[offset : offset + PAGE_SIZE]).digest()
+            digest = sha384(pack(digest, page, kind, gpa)).digest()
     if vmm is Vmm.QEMU:
-        kind, place = _page_kind(VMSA), SEV_VMSA_GPA.to_bytes(8, "little")
+        kind = _page_kind(VMSA)
         for vmsa in launch_vmsas(image, Platform.SEV_SNP, vcpus, signature):
-            digest = sha384(join((digest, sha384(vmsa.content).digest(), kind, place))).digest()
+            page = sha384(vmsa.content).digest()
+            digest = sha384(pack(digest, page, kind, SEV_VMSA_GPA)).digest()
     return digest
 
 
 def _page_kind(page_type: PageType) -> bytes:
     """What PAGE_INFO has between digests and address: no IMI page, no permissions of VMPLs."""
-    return _PAGE_KIND.write(_PAGE_INFO_SIZE, page_type.number, 0, 0)
+    return _PAGE_KIND.write(_PAGE_INFO.size, page_type.number, 0, 0)
 
 
 def _check_order(image: IgvmFile) -> None:

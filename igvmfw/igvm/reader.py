@@ -15,14 +15,15 @@ class Layout:
     Reading outside the data raises IgvmError that names the offset, never struct.error.
     """
 
-    __slots__ = ("_struct", "codes", "size", "unpack_from")
+    __slots__ = ("_struct", "codes", "pack", "size", "unpack_from")
 
     def __init__(self, codes: str) -> None:
         self.codes = codes
         self._struct = Struct("<" + codes)
         self.size = self._struct.size
-        # for loops over thousands of headers whose bounds the caller has checked
+        # for loops over thousands of headers or pages whose bounds the caller has checked
         self.unpack_from = self._struct.unpack_from
+        self.pack = self._struct.pack
 
     def read(self, data: Buffer, offset: int = 0, what: str = "structure") -> tuple[Any, ...]:
         """Unpack the structure at a byte offset.
