@@ -83,7 +83,7 @@ def _worker(work: Callable[[Any], Any]) -> Iterator["Connection[Any, Any]"]:
         ours.close()
         if process.pid is not None:
             process.join(_PATIENCE)
-            process.terminate()
+            process.kill()  # it has nothing to tidy up, and no handler may hold it
             process.join()
 
 
