@@ -16,17 +16,7 @@ from igvmfw.qemu.descriptor import Descriptor
 from igvmfw.refresh import Refreshed, refresh, remove_all
 from tests.igvm import samples
 from tests.privilege import without_privilege
-from tests.refreshing import Make, contents, described, kinds, maker, run
-
-
-@pytest.fixture
-def make(tmp_path: Path, ovmf: Path) -> Make:
-    return maker(tmp_path, ovmf)
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return choose_place(Level.VENDOR, root=tmp_path)
+from tests.refreshing import Make, contents, described, kinds, run
 
 
 def test_new_changed_gone(place: Place, make: Make) -> None:

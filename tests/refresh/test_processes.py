@@ -9,25 +9,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 from igvmfw.install import Into, Level, Place, choose_place
 from igvmfw.platforms import Platform
 from igvmfw.qemu.catalog import load
 from igvmfw.refresh import remove_all
 from tests.igvm import samples
 from tests.killing import kills
-from tests.refreshing import Make, contents, described, maker, run
-
-
-@pytest.fixture
-def make(tmp_path: Path, ovmf: Path) -> Make:
-    return maker(tmp_path, ovmf)
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return choose_place(Level.VENDOR, root=tmp_path)
+from tests.refreshing import Make, contents, described, run
 
 
 def test_killed_runs_are_made_good_by_the_next(place: Place, make: Make, tmp_path: Path) -> None:

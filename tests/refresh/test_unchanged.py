@@ -14,25 +14,15 @@ from typing import Any
 import pytest
 
 from igvmfw import files
-from igvmfw.install import Kind, Level, Place, choose_place
+from igvmfw.install import Kind, Place
 from igvmfw.platforms import Platform
 from igvmfw.provenance import Writer, sealed
 from igvmfw.qemu.descriptor import Descriptor
 from igvmfw.qemu.schema import Profile
 from tests.opens import watching_opens
-from tests.refreshing import Make, described, kinds, maker, run, settle
+from tests.refreshing import Make, described, kinds, run, settle
 
-SVSM = Path(__file__).parent / "data/coconut/coconut-qemu-vtpm-snp-ovmf.igvm.xz"
-
-
-@pytest.fixture
-def make(tmp_path: Path, ovmf: Path) -> Make:
-    return maker(tmp_path, ovmf)
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return choose_place(Level.VENDOR, root=tmp_path)
+SVSM = Path(__file__).parents[1] / "data/coconut/coconut-qemu-vtpm-snp-ovmf.igvm.xz"
 
 
 def refresh_in_a_process(root: Path, **environment: str) -> Counter[str]:

@@ -11,12 +11,7 @@ from igvmfw import rooted
 from igvmfw.install import Into, Level, Place, choose_place
 from igvmfw.platforms import Platform
 from igvmfw.refresh import Refreshed, refresh
-from tests.refreshing import Make, described, maker
-
-
-@pytest.fixture
-def make(tmp_path: Path, ovmf: Path) -> Make:
-    return maker(tmp_path, ovmf)
+from tests.refreshing import Make, described
 
 
 def igvmfw(*words: str | Path) -> str:
