@@ -215,6 +215,9 @@ class _Judged:
     def check(self, cache: Cache | None) -> None:
         """Judge it by the rules of that QEMU, unless it was found fit before."""
         identity = None if self.emulator is None else _identity(self.emulator)
+        if cache is None or identity is None:
+            self._judge()
+            return
         key: dict[str, object] = {
             "igvmfw": _code(),
             "sha256": self.sha256,
@@ -225,12 +228,9 @@ class _Judged:
             "machine": self.domain.os.machine,
             "state": state.recorded(self.domain) is not None,
         }
-        known = cache if identity is not None else None
-        if known is not None and known.has(key):
-            return
-        self._judge()
-        if known is not None:
-            known.add(key)
+        if not cache.has(key):
+            self._judge()
+            cache.add(key)
 
     def _judge(self) -> None:
         release = ANY_RELEASE
